@@ -1,0 +1,180 @@
+"""The 8-bit dynamic map: its 256 values, and the nearest of them found without a search.
+
+The map ("8-bit Optimizers via Block-wise Quantization", Dettmers et al., https://arxiv.org/abs/2110.02861)
+spreads its codes over seven decades: decade ``i`` of ``10**(i-7) .. 10**(i-6)`` is cut into
+``2**i`` equal cells (``2**(i+1)`` in the unsigned map), and a code stands for the middle of its cell.
+Counted away from zero the codes of decade ``i`` are the integers of one binade, so
+
+    cell(a) = floor(a * slope[i] + start[i])        with i found by comparing a with seven thresholds
+
+is the code: a few comparisons that every backend can vectorise, where a table search is eight
+dependent loads. `closed_form` is that formula, and the only place where it is written: eager code
+runs it, and the lowerings print it or take its constants from `SEGMENTS`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DECADES = 7
+#: Room left below an exact result of `closed_form`, in codes; see `nearest`.
+_MARGIN = 2.0**-10
+
+
+def create_dynamic_map(
+    signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8
+) -> Tensor:
+    """Values of the dynamic map, ascending.
+
+    Args:
+        signed: Whether the map has negative values.
+        max_exponent_bits: Number of decades.
+        total_bits: Bits of a code, at most 8.
+
+    Returns:
+        Tensor: ``(256,)`` float32, padded with zeros where `total_bits` is less than 8.
+
+    Raises:
+        ValueError: If the decades do not use up the ``2**total_bits`` codes.
+    """
+    spare_bits = total_bits - 1 - max_exponent_bits
+    cells = [2 ** (i + spare_bits + (not signed)) for i in range(max_exponent_bits)]
+    if signed and spare_bits > 0:  # the codes left over refine the last decade once more
+        cells.append(2**spare_bits - 1)
+    values = [0.0, 1.0]
+    for i, count in enumerate(cells):
+        if count < 1:
+            break
+        edges = torch.linspace(0.1, 1, int(count) + 1, dtype=torch.float32, device="cpu")
+        decade = min(i, max_exponent_bits - 1) - (max_exponent_bits - 1)
+        middles = 10.0**decade * ((edges[:-1] + edges[1:]) / 2)
+        values += middles.tolist()
+        if signed:
+            values += (-middles).tolist()
+    if not 0 < total_bits <= 8 or len(values) != 2**total_bits:
+        raise ValueError(
+            f"no dynamic map with {signed=}, {max_exponent_bits=}, {total_bits=}: a signed one needs "
+            "max_exponent_bits < total_bits <= 8, an unsigned one max_exponent_bits in "
+            "(total_bits - 1, total_bits)"
+        )
+    values += [0.0] * (256 - len(values))
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
+
+
+def bounds(code: Tensor) -> Tensor:
+    """Where the nearest code changes: the largest float32 that still belongs to the lower code.
+
+    Args:
+        code: ``(n,)`` float32, ascending.
+
+    Returns:
+        Tensor: ``(n - 1,)`` float32; ``x`` is nearer to ``code[k + 1]`` than to ``code[k]`` exactly
+        when ``x > bounds[k]``, ties going to the lower code.
+    """
+    exact = (code[:-1].double() + code[1:].double()) / 2  # exact: 25 bits of 53
+    rounded = exact.float()
+    below = torch.nextafter(rounded, torch.full_like(rounded, -math.inf))
+    return torch.where(rounded.double() > exact, below, rounded)
+
+
+class Segment(NamedTuple):
+    """A run of equal cells: magnitudes above `above` have code ``min(floor(a*slope + start), last)``.
+
+    Codes are counted away from zero: signed ``0..128``, unsigned ``0..255``.
+    """
+
+    above: float
+    slope: float
+    start: float
+    last: int
+
+
+def _segments(signed: bool) -> tuple[Segment, ...]:
+    between = bounds(create_dynamic_map(signed)).tolist()[127 if signed else 0 :]
+    first_width = 1 if signed else 2
+    shift = first_width - 1  # unsigned codes begin at 1 with a decade of two cells
+    found = [Segment(-math.inf, 0.0, 0.0, 0)]
+    for i in range(DECADES):
+        width = first_width * 2**i  # cells in this decade, and the first cell's number + shift
+        slope = width / (0.9 * 10.0 ** (i - DECADES + 1))
+        start = width * 8 / 9 - shift
+        found.append(Segment(between[width - shift - 1], slope, start, 2 * width - 1 - shift))
+    found.append(Segment(between[-1], 0.0, float(len(between)), len(between)))
+    return tuple(found)
+
+
+#: By signedness: the nine segments of ``[0, 1]``, which are zero, seven decades, and the code of 1.0.
+#: Made here, because no tensor can be read while the functions below are traced.
+SEGMENTS = {signed: _segments(signed) for signed in (True, False)}
+
+
+def closed_form(a: Tensor, signed: bool, margin: float = 0.0) -> Tensor:
+    """Number of the cell that holds a magnitude, counted away from zero.
+
+    Args:
+        a: Magnitudes ``|x| / absmax``, float32, any shape; NaN gives 0.
+        signed: Which map.
+        margin: Subtracted before rounding down, in cells.
+
+    Returns:
+        Tensor: float32, as `a`; the nearest code but for magnitudes within rounding of a midpoint.
+    """
+    zero, lowest, *higher, one = SEGMENTS[signed]
+    slope = torch.full_like(a, lowest.slope)
+    start = torch.full_like(a, lowest.start - margin)
+    last = torch.full_like(a, float(lowest.last))
+    for segment in higher:
+        inside = a > segment.above
+        slope = torch.where(inside, segment.slope, slope)
+        start = torch.where(inside, segment.start - margin, start)
+        last = torch.where(inside, float(segment.last), last)
+    cell = torch.minimum(torch.floor(a * slope + start), last)
+    cell = torch.where(a > lowest.above, cell, float(zero.last))
+    return torch.where(a > one.above, float(one.last), cell)
+
+
+def outward_bounds(signed: bool) -> Tensor:
+    """Magnitudes above which the next code away from zero is nearer.
+
+    Ties go to the lower code, which for a negative value is the one away from zero.
+
+    Returns:
+        Tensor: float32. Unsigned: ``(256,)``, by code. Signed: ``(257,)``, the negative cells
+        127..0 and then the positive cells 0..128.
+    """
+    between = bounds(create_dynamic_map(signed))
+    nothing = torch.tensor([math.inf], device="cpu")
+    if not signed:
+        return torch.cat([between, nothing])
+    negative = torch.nextafter(-between[:127], -nothing)  # one below: a tie moves outward
+    return torch.cat([nothing, negative, between[127:], nothing])
+
+
+def nearest(x: Tensor, signed: bool, outward: Tensor) -> Tensor:
+    """Nearest code of the dynamic map, exactly: ties go to the lower code.
+
+    `closed_form`, lowered by a margin larger than its rounding error, is the nearest code or the one
+    before it; one comparison decides which.
+
+    Args:
+        x: Values in ``[-1, 1]`` (``[0, 1]`` for the unsigned map), float32, any shape. NaN gives the
+            code of zero.
+        signed: Which map.
+        outward: `outward_bounds(signed)` on the device of `x`.
+
+    Returns:
+        Tensor: uint8, shape of `x`.
+    """
+    a = x.abs() if signed else x
+    cell = closed_form(a, signed, _MARGIN).to(torch.int32)
+    if not signed:
+        return (cell + (a > outward[cell]).to(torch.int32)).to(torch.uint8)
+    negative = x < 0
+    # The map has 1.0 but no -1.0: the last negative cell is 127, code 0.
+    place = torch.clamp(torch.where(negative, 127 - cell, 128 + cell), min=0)
+    cell = (a > outward[place]).to(torch.int32)
+    return torch.where(negative, place - cell, place - 1 + cell).to(torch.uint8)

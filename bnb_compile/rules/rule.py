@@ -1,0 +1,40 @@
+"""What an optimizer is, before anything runs it: pure maths and the names of its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class State(NamedTuple):
+    """One number that an optimizer remembers for each element of a parameter."""
+
+    name: str
+    signed: bool  # whether it can be negative: decides which 8-bit map stores it
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An optimization algorithm.
+
+    Both functions are ordinary tensor code without branches, so that one text can be run on whole
+    tensors and printed into a kernel. What `update` gives for a zero parameter, gradient and state must
+    be zero states: kernels pad the last block of a parameter with zeros.
+
+    Attributes:
+        name: Lower case; part of the operators' names.
+        hyper: NamedTuple of the numeric hyperparameters; its order is the order of a row of `hyper`.
+        states: What is remembered for each element.
+        scalars: ``(hyper, step) -> scalars``: what the elements of a parameter share, such as bias
+            corrections. Arguments and results are float64 and broadcast; `step` counts from 1.
+        update: ``(param, grad, *states, scalars) -> (param, *states)``, float32 elementwise.
+    """
+
+    name: str
+    hyper: type[Any]
+    states: tuple[State, ...]
+    scalars: Callable[[Any, Tensor], Sequence[Tensor]]
+    update: Callable[..., tuple[Tensor, ...]]
