@@ -1,1 +1,4 @@
-"""8-bit optimizers for compiled PyTorch training."""
+"""8-bit optimizers for compiled PyTorch training, with bitsandbytes' names."""
+
+from . import functional as functional
+from . import optim as optim

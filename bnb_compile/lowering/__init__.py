@@ -1,1 +1,10 @@
+"""How TorchInductor emits each operation of `bnb_compile.ops`; importing this registers it.
 
+Imports Inductor, so nothing outside imports it before something is compiled.
+"""
+
+if __name__ != "bnb_compile.lowering":
+    raise ImportError(f"import this package as bnb_compile.lowering, not as {__name__}")
+
+from . import blockwise as blockwise
+from . import step as step

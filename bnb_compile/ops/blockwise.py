@@ -39,30 +39,38 @@ def dynamic_map(signed: bool, device: torch.device) -> DynamicMap:
     return DynamicMap(signed, values.to(device), outward.to(device))
 
 
+def _spread(scales: Tensor, numel: int, block_size: int) -> Tensor:
+    """The scale of each element."""
+    if numel % block_size == 0:
+        return scales[:, None].expand(-1, block_size).reshape(-1)
+    # (2 i + 1) // (2 b) is i // b. Inductor's C++ backend splits a loop over i at a division of i itself,
+    # and then leaves out the last, partial block (CppScheduling.try_loop_split, torch 2.13).
+    element = torch.arange(numel, device=scales.device)
+    return scales[(2 * element + 1) // (2 * block_size)]
+
+
 def quantize(x: Tensor, code: DynamicMap | Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """`quantize_blockwise` as plain torch code; `code` is the dynamic map or a table of values."""
     flat = x.reshape(-1).float()
-    count = -(-flat.numel() // block_size)
-    if flat.numel() % block_size:
-        flat = torch.nn.functional.pad(flat, (0, count * block_size - x.numel()))
-    blocks = flat.view(count, block_size)
-    absmax = blocks.abs().amax(1)
+    numel, count = flat.numel(), -(-flat.numel() // block_size)
+    blocks = torch.nn.functional.pad(flat, (0, count * block_size - numel))
+    absmax = blocks.view(count, block_size).abs().amax(1)
     absmax = torch.where(absmax < SMALLEST_NORMAL, 0.0, absmax)
-    normalised = blocks / torch.where(absmax == 0, 1.0, absmax)[:, None]
+    normalised = flat / _spread(torch.where(absmax == 0, 1.0, absmax), numel, block_size)
     if isinstance(code, DynamicMap):
         codes = codebook.nearest(normalised, code.signed, code.outward)
     else:
         # A NaN belongs to no cell and would be given the last one; it shall have the code of zero.
         normalised = torch.where(normalised.isnan(), 0.0, normalised)
         codes = torch.bucketize(normalised, codebook.bounds(code)).to(torch.uint8)
-    return codes.view(-1)[: x.numel()].view(x.shape), absmax
+    return codes.view(x.shape), absmax
 
 
 def dequantize(codes: Tensor, absmax: Tensor, values: Tensor, block_size: int) -> Tensor:
     """`dequantize_blockwise` as plain torch code, to float32."""
     flat = codes.reshape(-1)
-    block = torch.arange(flat.numel(), device=codes.device) // block_size
-    return (values[flat.int()] * absmax[block]).view(codes.shape)
+    value = values[flat.int()] * _spread(absmax, flat.numel(), block_size)
+    return value.view(codes.shape)
 
 
 def _check_map(code: Tensor | None, block_size: int) -> None:

@@ -37,7 +37,16 @@ inline void store(const V& value, T* to) {
 
 inline float largest(const V& value) {
   return at::vec::vec_reduce_all<float>(
-      [](const V& a, const V& b) { return at::vec::maximum(a, b); }, value);
+      [](const V& a, const V& b) { return at::vec::clamp_min(a, b); }, value);
+}
+
+// Whether all of a block's gradients are below 2^60, and none is NaN.
+template <class G>
+inline bool moderate(const G* grad) {
+  V bad(0.f);  // zero, or NaN from 0 * infinity
+  for (int i = 0; i < BLOCK; i += LANES)
+    bad = at::vec::fmadd(load(grad + i) * V(0x1p68f), V(0.f), bad);
+  return bad.zero_mask() == (1 << LANES) - 1;
 }
 
 // Calls visit(element, place in memory) for `count` elements in logical order from `first` on.
@@ -56,14 +65,14 @@ inline void walk(const int64_t* strides, int64_t first, int count, const Visit& 
 }
 
 // What a block of a tensor is computed on: the tensor itself, or a copy where the block is cut off by
-// the tensor's end or does not lie together in memory. Lanes past the end are zero.
+// the tensor's end or does not lie together in memory. Lanes past the end hold `zero`.
 template <class T>
 struct Staged {
   alignas(64) T copy[BLOCK];
 
-  T* in(T* tensor, const int64_t* strides, int64_t first, int count) {
+  T* in(T* tensor, const int64_t* strides, int64_t first, int count, T zero = T(0)) {
     if (!strides && count == BLOCK) return tensor + first;
-    for (int i = count; i < BLOCK; i++) copy[i] = T(0);
+    for (int i = count; i < BLOCK; i++) copy[i] = zero;
     if (strides) {
       walk(strides, first, count, [&](int i, int64_t place) { copy[i] = tensor[place]; });
     } else {
@@ -96,7 +105,8 @@ struct Blockwise {
 
     void in(const Blockwise& arena, int64_t offset, int64_t block, int count) {
       for (int s = 0; s < Rule::STATES; s++) {
-        codes[s] = staged[s].in(arena.codes[s], nullptr, offset, count);
+        const uint8_t zero = Rule::SIGNED[s] ? 127 : 0;
+        codes[s] = staged[s].in(arena.codes[s] + offset, nullptr, 0, count, zero);
         scale[s] = V(arena.absmax[s][block]);
         high[s] = V(0.f);
       }
@@ -108,15 +118,16 @@ struct Blockwise {
     template <int s>
     inline void keep(int i, const V& value) {
       value.store(fresh[s] + i);
-      high[s] = V::blendv(high[s], value.abs(), value.abs() > high[s]);
+      high[s] = at::vec::clamp_min(high[s], Rule::SIGNED[s] ? value.abs() : value);
     }
     template <int s>
     void out(const Blockwise& arena, int64_t offset, int64_t block, int count) {
       float absmax = largest(high[s]);
       if (absmax < std::numeric_limits<float>::min()) absmax = 0.f;  // as ops/blockwise.py
+      absmax = std::min(absmax, std::numeric_limits<float>::max());
       arena.absmax[s][block] = absmax;
       Codec<Rule::SIGNED[s]>::encode(fresh[s], absmax > 0.f ? 1.f / absmax : 0.f, codes[s]);
-      staged[s].out(arena.codes[s], nullptr, offset, count);
+      staged[s].out(arena.codes[s] + offset, nullptr, 0, count);
     }
   };
 };
@@ -131,7 +142,7 @@ struct Full {
 
     void in(const Full& arena, int64_t offset, int64_t, int count) {
       for (int s = 0; s < Rule::STATES; s++)
-        state[s] = staged[s].in(arena.state[s], nullptr, offset, count);
+        state[s] = staged[s].in(arena.state[s] + offset, nullptr, 0, count);
     }
     template <int s>
     inline V decode(int i) const {
@@ -143,7 +154,7 @@ struct Full {
     }
     template <int s>
     void out(const Full& arena, int64_t offset, int64_t, int count) {
-      staged[s].out(arena.state[s], nullptr, offset, count);
+      staged[s].out(arena.state[s] + offset, nullptr, 0, count);
     }
   };
 };
@@ -165,17 +176,29 @@ void update_block(
 
   V s[Rule::SCALARS];
   for (int k = 0; k < Rule::SCALARS; k++) s[k] = V(shared[k]);
-  for (int i = 0; i < BLOCK; i += LANES) {
-    const V old_param = load(param + i);
-    const V old[] = {block.template decode<S>(i)...};
-    V fresh[] = {old[S]...};
-    V fresh_param = old_param;
-    Rule::update(fresh_param, load(grad + i), fresh, s);
-    // An element whose states would not be finite stays as it is.
-    const V finite =
-        (V(0.f) + ... + fresh[S]).abs() < V(std::numeric_limits<float>::infinity());
-    store(V::blendv(old_param, fresh_param, finite), param + i);
-    (block.template keep<S>(i, V::blendv(old[S], fresh[S], finite)), ...);
+  const auto update = [&](auto checked) {
+    for (int i = 0; i < BLOCK; i += LANES) {
+      const V old_param = load(param + i);
+      const V old[] = {block.template decode<S>(i)...};
+      V fresh[] = {old[S]...};
+      V fresh_param = old_param;
+      Rule::update(fresh_param, load(grad + i), fresh, s);
+      if constexpr (checked) {
+        const V finite =
+            (V(0.f) + ... + fresh[S]).abs() < V(std::numeric_limits<float>::infinity());
+        fresh_param = V::blendv(old_param, fresh_param, finite);
+        ((fresh[S] = V::blendv(old[S], fresh[S], finite)), ...);
+      }
+      store(fresh_param, param + i);
+      (block.template keep<S>(i, fresh[S]), ...);
+    }
+  };
+  // An element whose states would not be finite stays as it is. Only a gradient that is not finite, or
+  // whose square is not, can do that, so a look at the gradients spares the others the check.
+  if (moderate(grad)) {
+    update(std::false_type());
+  } else {
+    update(std::true_type());
   }
   staged_param.out(data, parameter.data_strides, first, count);
   (block.template out<S>(arena, parameter.offset + first, parameter.block + b, count), ...);
@@ -184,7 +207,7 @@ void update_block(
 template <class P, class G, class Storage>
 void update_bucket(
     const Parameter* parameters, int64_t count, const Storage& arena, float* step,
-    const double* hyper, int64_t threads) {
+    const double* hyper) {
   const auto blocks = [&](int64_t k) {
     return parameters[k].grad ? (parameters[k].numel + BLOCK - 1) / BLOCK : 0;
   };
@@ -194,7 +217,7 @@ void update_bucket(
     if (parameters[k].grad) step[k] += 1.f;
   }
   // A thread is worth waking for some 10 microseconds of work.
-  threads = std::max<int64_t>(1, std::min(threads, total / 64));
+  const int threads = (int)std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), total / 64));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int64_t team = omp_get_num_threads(), member = omp_get_thread_num();

@@ -1,0 +1,3 @@
+"""bitsandbytes' functional names over the operators of this package."""
+
+from .ops.codebook import create_dynamic_map as create_dynamic_map

@@ -1,0 +1,21 @@
+"""The only module that touches Inductor's private interface.
+
+Tried with torch 2.13.0. Each name says what it is used for, so that a move upstream is mended here.
+"""
+
+from torch._inductor.codecache import (
+    CppPythonBindingsCodeCache as CppPythonBindingsCodeCache,  # compiles a kernel outside a graph
+)
+from torch._inductor.decomposition import (
+    select_decomp_table as select_decomp_table,  # what lowerings expect to be left of a traced function
+)
+from torch._inductor.ir import ExternKernel as ExternKernel  # base of our node
+from torch._inductor.ir import MutationOutput as MutationOutput  # says which buffers it writes
+from torch._inductor.ir import NoneLayout as NoneLayout
+from torch._inductor.ir import TensorBox as TensorBox
+from torch._inductor.lowering import lowerings as lowerings  # aten.clone for functional operators
+from torch._inductor.lowering import (
+    process_subgraph_nodes as process_subgraph_nodes,  # lowers a traced function in an operator's place
+)
+from torch._inductor.lowering import register_lowering as register_lowering
+from torch._inductor.virtualized import V as V  # the graph and the wrapper that are being built

@@ -1,0 +1,171 @@
+"""The step as C++: the printed rule between the hand-written texts codebook.h and step.h."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ...ops import codebook
+from ...ops.step import StepOp
+from ...rules import Rule
+from ..printer import C_DOUBLE, C_VECTOR, trace, write
+
+TYPES = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.uint8: "uint8_t",
+    torch.bfloat16: "at::BFloat16",
+    torch.float16: "at::Half",
+}
+
+
+def _text(name: str) -> str:
+    return Path(__file__).with_name(name).read_text()
+
+
+def _table(name: str, values: Sequence[float]) -> str:
+    return f"  static constexpr float {name}[] = {{{', '.join(f'{v!r}f' for v in values)}}};"
+
+
+def _register_tables(signed: bool) -> dict[str, list[float]]:
+    """`codebook.SEGMENTS` indexed by exponent bits, for the AVX-512 form in codebook.h."""
+    zero, *decades, one = segments = codebook.SEGMENTS[signed]
+    slope, start = [0.0] * 16, [0.0] * 16
+    for decade in decades:
+        # cell = floor(a * slope + start), so the middle of a cell is at (cell + 1/2 - start) / slope,
+        # here with t = 2*cell + 1; the unsigned form uses t = 2*(code + 1) + 1.
+        ahead = 0 if signed else 1
+        binade = int(math.log2(decade.last + ahead))  # of the cells; t is in the next one
+        slope[binade] = 0.5 / decade.slope
+        start[binade] = -(decade.start + ahead) / decade.slope
+    start[one.last.bit_length() - 1 if signed else 8] = 1.0
+
+    above, per_unit, first, last = [], [], [], []
+    for index in range(32):  # the low 5 bits of the exponents of 2**-31 ... 2**0
+        low = 2.0 ** (index - 31)
+        reached = [s for s in segments if s.above < low]
+        within = [s.above for s in segments if low <= s.above < 2 * low]
+        assert len(within) <= 1
+        above.append(within[0] if within else torch.finfo(torch.float32).max)
+        per_unit.append(reached[-1].slope)
+        first.append(reached[-1].start)
+        last.append(float(reached[-1].last))
+    return dict(
+        SLOPE=slope, START=start, ABOVE=above, PER_UNIT=per_unit, FIRST=first, LAST=last
+    )
+
+
+def _map(signed: bool) -> str:
+    graph = trace(lambda a: (codebook.closed_form(a, signed),), 1, torch.float32)
+    lines, (cell,) = write(graph, ["a"], C_VECTOR)
+    tables = {"VALUES": codebook.create_dynamic_map(signed).tolist(), **_register_tables(signed)}
+    return "\n".join(
+        [
+            "template <>",
+            f"struct Map<{str(signed).lower()}> {{",
+            *(_table(name, values) for name, values in tables.items()),
+            "  static inline V cell(const V& a) {",
+            *(f"    {line}" for line in lines),
+            f"    return {cell};",
+            "  }",
+            "};",
+        ]
+    )
+
+
+def print_rule(rule: Rule) -> str:
+    """The rule as the struct that step.h is written for."""
+    hyper, states = rule.hyper._fields, len(rule.states)
+    graph = trace(lambda *a: rule.scalars(rule.hyper(*a[:-1]), a[-1]), len(hyper) + 1, torch.float64)
+    scalar_lines, scalars = write(graph, [*hyper, "step"], C_DOUBLE)
+
+    fields = rule.scalars(rule.hyper(*[torch.zeros(())] * len(hyper)), torch.ones(()))
+    shared = [f"s[{k}]" for k in range(len(scalars))]
+    graph = trace(
+        lambda *a: rule.update(*a[: 2 + states], type(fields)(*a[2 + states :])),
+        2 + states + len(scalars),
+        torch.float32,
+    )
+    arguments = ["param", "grad", *(f"state[{k}]" for k in range(states)), *shared]
+    lines, (param, *fresh) = write(graph, arguments, C_VECTOR)
+    return "\n".join(
+        [
+            "struct Rule {",
+            f"  static constexpr int STATES = {states}, HYPER = {len(hyper)}, SCALARS = {len(scalars)};",
+            "  static constexpr bool SIGNED[] = "
+            f"{{{', '.join(str(state.signed).lower() for state in rule.states)}}};",
+            "  static inline void scalars(const double* hyper, double step, float* out) {",
+            *(f"    const double {name} = hyper[{k}];" for k, name in enumerate(hyper)),
+            *(f"    {line}" for line in scalar_lines),
+            *(f"    out[{k}] = (float)({value});" for k, value in enumerate(scalars)),
+            "  }",
+            "  static inline void update(V& param, const V& grad, V* state, const V* s) {",
+            *(f"    {line}" for line in lines),
+            f"    param = {param};",
+            *(f"    state[{k}] = {value};" for k, value in enumerate(fresh)),
+            "  }",
+            "};",
+        ]
+    )
+
+
+@functools.cache
+def _body(op: StepOp) -> str:
+    maps = ["template <bool SIGNED>", "struct Map;", _map(True), _map(False)]
+    return "\n".join(
+        [
+            "using V = at::vec::Vectorized<float>;",
+            *maps,
+            _text("codebook.h"),
+            print_rule(op.rule),
+            _text("step.h"),
+        ]
+    )
+
+
+def arena_types(op: StepOp) -> list[str]:
+    """C++ types of the arguments after the parameters: the arenas, step and hyper."""
+    return [*(f"{TYPES[dtype]}*" for _, dtype in op.arenas), "float*", "const double*"]
+
+
+def kernel(
+    op: StepOp,
+    name: str,
+    param_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    arguments: str,
+    rows: str,
+) -> str:
+    """Source of a kernel.
+
+    Args:
+        op: What it computes.
+        name: Of the function, and of the namespace of everything else.
+        param_dtype: Dtype of the parameters.
+        grad_dtype: Dtype of the gradients.
+        arguments: C++ parameters before the arenas.
+        rows: Statements that leave ``const Parameter* rows`` and ``int64_t count``.
+    """
+    arenas = [name for name, _ in op.arenas]
+    declarations = [f"{t} {a}" for t, a in zip(arena_types(op), [*arenas, "step", "hyper"])]
+    if op.bits == 8:
+        storage = f"Blockwise arena{{{{{', '.join(arenas[::2])}}}, {{{', '.join(arenas[1::2])}}}}};"
+    else:
+        storage = f"Full arena{{{{{', '.join(arenas)}}}}};"
+    return f"""#include <torch/csrc/inductor/cpp_prefix.h>
+#include <tuple>
+#include <utility>
+namespace {name}_parts {{
+{_body(op)}
+}}
+extern "C" void {name}({arguments}, {", ".join(declarations)}) {{
+  using namespace {name}_parts;
+  {rows}
+  {storage}
+  update_bucket<{TYPES[param_dtype]}, {TYPES[grad_dtype]}>(rows, count, arena, step, hyper);
+}}
+"""

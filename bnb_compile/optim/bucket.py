@@ -1,0 +1,134 @@
+"""The parameters that one call of a step operator updates, and their states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.arena import BLOCK, layout
+from ..ops.blockwise import dequantize, dynamic_map, quantize
+from ..ops.step import StepOp
+
+
+class Bucket:
+    """Parameters of one device, dtype and state format, with the arenas that hold their states.
+
+    The tensors are allocated once and only ever written in place: compiled code and CUDA graphs keep
+    their addresses.
+
+    Args:
+        op: The step operator.
+        params: The parameters, at least one.
+    """
+
+    def __init__(self, op: StepOp, params: list[Tensor]) -> None:
+        self.op = op
+        self.params = params
+        self.device, self.dtype = params[0].device, params[0].dtype
+        places = layout(param.numel() for param in params)
+        self.slots = places.slots
+
+        def zeros(*size: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(*size, dtype=dtype, device=self.device)
+
+        self.arenas = [
+            zeros(size, dtype=dtype)
+            for (_, dtype), size in zip(op.arenas, op.arena_sizes(places))
+        ]
+        self.step = zeros(len(params), dtype=torch.float32)
+        self.hyper = zeros(len(params), len(op.rule.hyper._fields), dtype=torch.float64)
+        #: Hyperparameters given as tensors: rows and column of `hyper`, and the tensor to read.
+        self.live: list[tuple[slice, int, Tensor]] = []
+        self._compiled: Any = None
+
+    def views(self, k: int) -> dict[str, Tensor]:
+        """State of a parameter under bitsandbytes' names, as views of the arenas."""
+        slot, shape = self.slots[k], self.params[k].shape
+        inside = slice(slot.offset, slot.offset + slot.numel)
+        view: dict[str, Tensor] = {"step": self.step[k]}
+        if self.op.bits == 32:
+            for i, arena in enumerate(self.arenas, 1):
+                view[f"state{i}"] = arena[inside].view(shape)
+            return view
+        scales = slice(slot.block, slot.block + slot.blocks)
+        for i, kind in enumerate(self.op.rule.states, 1):
+            view[f"state{i}"] = self.arenas[2 * i - 2][inside].view(shape)
+            view[f"qmap{i}"] = dynamic_map(kind.signed, self.device).values
+        for i in range(1, len(self.op.rule.states) + 1):
+            view[f"absmax{i}"] = self.arenas[2 * i - 1][scales]
+        return view
+
+    def write(self, k: int, saved: dict[str, Any]) -> None:
+        """Replace the state of a parameter by a saved one, of either format and any block size."""
+        view = self.views(k)
+        view["step"].fill_(saved["step"])
+        for i, kind in enumerate(self.op.rule.states, 1):
+            state, absmax = saved[f"state{i}"], saved.get(f"absmax{i}")
+            target = view[f"state{i}"]
+            same_format = state.dtype == target.dtype
+            if same_format and self.op.bits == 8:
+                same_format = absmax.shape == view[f"absmax{i}"].shape and torch.equal(
+                    saved[f"qmap{i}"].to(self.device), view[f"qmap{i}"]
+                )
+            if same_format:
+                target.copy_(state)
+                if self.op.bits == 8:
+                    view[f"absmax{i}"].copy_(absmax)
+                continue
+            values = _decode(state, absmax, saved.get(f"qmap{i}")).to(self.device)
+            if self.op.bits == 8:
+                table = dynamic_map(kind.signed, self.device)
+                values, absmax = quantize(values, table, BLOCK)
+                view[f"absmax{i}"].copy_(absmax)
+            target.copy_(values)
+
+    def reset(self) -> None:
+        """Forget the states of all parameters."""
+        for tensor in (*self.arenas, self.step):
+            tensor.zero_()
+
+    def update(self, grads: Sequence[Tensor | None], compiled: bool) -> None:
+        """Step the parameters that have a gradient.
+
+        Args:
+            grads: A gradient or None for each parameter.
+            compiled: Whether to run the compiled kernel; otherwise the operator, which is what a graph
+                captures, and eagerly the reference.
+        """
+        for rows, column, value in self.live:
+            self.hyper[rows, column] = value.to(self.hyper.dtype)
+        for same_dtype in _by_dtype(grads):
+            if compiled:
+                if self._compiled is None:
+                    from ..lowering.launch import CompiledStep
+
+                    self._compiled = CompiledStep(
+                        self.op, self.params, self.arenas, self.step, self.hyper
+                    )
+                self._compiled(same_dtype)
+            else:
+                self.op.in_place(self.params, same_dtype, *self.arenas, self.step, self.hyper)
+
+
+def _by_dtype(grads: Sequence[Tensor | None]) -> Iterator[Sequence[Tensor | None]]:
+    """The gradients of each dtype, with None in place of the others."""
+    dtypes = {grad.dtype for grad in grads if grad is not None}
+    if len(dtypes) == 1:
+        yield grads
+    else:
+        for dtype in sorted(dtypes, key=str):
+            yield [grad if grad is not None and grad.dtype == dtype else None for grad in grads]
+
+
+def _decode(state: Tensor, absmax: Tensor | None, qmap: Tensor | None) -> Tensor:
+    """A saved state as float32."""
+    if state.dtype != torch.uint8:
+        return state.float()
+    assert absmax is not None and qmap is not None
+    block_size = BLOCK
+    while -(-state.numel() // block_size) > absmax.numel():  # bitsandbytes before 0.44 used 2048
+        block_size *= 2
+    return dequantize(state, absmax, qmap, block_size)
