@@ -8,3 +8,6 @@ if __name__ != "bnb_compile.lowering":
 
 from . import blockwise as blockwise
 from . import step as step
+from .cache_key import mark_caches
+
+mark_caches()

@@ -35,13 +35,13 @@ class Bucket:
             return torch.zeros(*size, dtype=dtype, device=self.device)
 
         self.arenas = [
-            zeros(size, dtype=dtype)
-            for (_, dtype), size in zip(op.arenas, op.arena_sizes(places))
+            zeros(size, dtype=dtype) for (_, dtype), size in zip(op.arenas, op.arena_sizes(places))
         ]
         self.step = zeros(len(params), dtype=torch.float32)
         self.hyper = zeros(len(params), len(op.rule.hyper._fields), dtype=torch.float64)
         #: Hyperparameters given as tensors: rows and column of `hyper`, and the tensor to read.
         self.live: list[tuple[slice, int, Tensor]] = []
+        self._operator = op.in_place
         self._compiled: Any = None
 
     def views(self, k: int) -> dict[str, Tensor]:
@@ -105,12 +105,10 @@ class Bucket:
                 if self._compiled is None:
                     from ..lowering.launch import CompiledStep
 
-                    self._compiled = CompiledStep(
-                        self.op, self.params, self.arenas, self.step, self.hyper
-                    )
+                    self._compiled = CompiledStep(self.op, self.params, self.arenas, self.step, self.hyper)
                 self._compiled(same_dtype)
             else:
-                self.op.in_place(self.params, same_dtype, *self.arenas, self.step, self.hyper)
+                self._operator(self.params, same_dtype, *self.arenas, self.step, self.hyper)
 
 
 def _by_dtype(grads: Sequence[Tensor | None]) -> Iterator[Sequence[Tensor | None]]:

@@ -82,8 +82,10 @@ def check_state(rule: Rule, key: Any, param: Tensor, saved: dict[str, Any]) -> d
             continue
         absmax, qmap = entry(f"absmax{i}"), entry(f"qmap{i}")
         blocks = -(-state.numel() // BLOCK)
-        if state.element_size() != 1 or qmap.numel() != 256 or not (
-            absmax.numel() == blocks or absmax.numel() == -(-state.numel() // 2048)
+        if (
+            state.element_size() != 1
+            or qmap.numel() != 256
+            or not (absmax.numel() == blocks or absmax.numel() == -(-state.numel() // 2048))
         ):
             raise ValueError(
                 f"{where}: state{i} is {state.dtype} with {absmax.numel()} scales and a map of "

@@ -141,8 +141,7 @@ class AbstractOptimizer(torch.optim.Optimizer):
 
     def _adopt_groups(self) -> None:
         self.param_groups[:] = [
-            group if type(group) is ParamGroup else ParamGroup(group, self)
-            for group in self.param_groups
+            group if type(group) is ParamGroup else ParamGroup(group, self) for group in self.param_groups
         ]
 
     def _mirror_hyper(self, group: dict[str, Any], always: bool = True) -> None:
@@ -246,15 +245,13 @@ class AbstractOptimizer(torch.optim.Optimizer):
                 result = closure()
         captured = torch.compiler.is_compiling()
         if captured:
-            _init_state_while_tracing(self)
+            _prepare_while_tracing(self)
         else:
-            self.init_state()
+            self._prepare()
         grads = [[param.grad for param in bucket.params] for bucket in self._buckets]
         for of_bucket in grads:
             for grad in of_bucket:
-                if grad is not None and (
-                    grad.layout is not torch.strided or grad.dtype not in PARAM_DTYPES
-                ):
+                if grad is not None and (grad.layout is not torch.strided or grad.dtype not in PARAM_DTYPES):
                     raise TypeError(
                         f"a gradient of {grad.dtype}, {grad.layout}: must be strided (dense) and one of "
                         f"{PARAM_DTYPES}"
@@ -262,6 +259,31 @@ class AbstractOptimizer(torch.optim.Optimizer):
         for bucket, of_bucket in zip(self._buckets, grads):
             bucket.update(of_bucket, compiled=self._compile and not captured)
         return result
+
+    # torch's schedulers wrap the step of their optimizer in a function that Dynamo refuses to trace, to warn
+    # when they are called before it. They leave alone a step that says it has been wrapped.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+    def _prepare(self) -> None:
+        self._opt_called = True  # what a scheduler's wrapper would do
+        self.init_state()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, as ``torch.optim.Optimizer.zero_grad``, which Dynamo refuses to trace."""
+        if torch.compiler.is_compiling():
+            # Not through param_groups: Dynamo takes them for a torch optimizer's.
+            _prepare_while_tracing(self)
+            params = [param for bucket in self._buckets for param in bucket.params]
+        else:
+            params = [param for group in self.param_groups for param in group["params"]]
+        for param in params:
+            if param.grad is None:
+                continue
+            if set_to_none:
+                param.grad = None
+            else:
+                param.grad.detach_()
+                param.grad.zero_()
 
     # -- saving and loading --------------------------------------------------------------------
 
@@ -336,7 +358,7 @@ class AbstractOptimizer(torch.optim.Optimizer):
 
 
 @torch.compiler.assume_constant_result
-def _init_state_while_tracing(optimizer: AbstractOptimizer) -> int:
+def _prepare_while_tracing(optimizer: AbstractOptimizer) -> int:
     # Dynamo calls this for real while it traces, so that the graph finds the arenas in place.
-    optimizer.init_state()
+    optimizer._prepare()
     return 0

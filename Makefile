@@ -1,0 +1,38 @@
+# A virtual environment of its own; `make PYTHON=python3.12 ...` chooses the interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/
+
+.PHONY: help train test check slow bench clean
+
+help:
+	@echo "make train   train a small GPT with 8-bit AdamW, beside 32-bit AdamW"
+	@echo "make test    linter, type checker and tests"
+	@echo "make slow    the tests that take minutes"
+	@echo "make bench   time the optimizer step beside torch, bitsandbytes and torchao"
+
+# Each set of extras is installed once, until pyproject.toml or the constraints change.
+$(VENV)/.installed-%: pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(RUN)python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+train: $(VENV)/.installed-examples
+	$(RUN)python examples/train.py $(ARGS)
+
+test: check $(VENV)/.installed-test $(VENV)/.installed-examples
+	$(RUN)python -m pytest
+
+slow: $(VENV)/.installed-test
+	$(RUN)python -m pytest -m slow
+
+check: $(VENV)/.installed-test
+	$(RUN)ruff check
+	$(RUN)ruff format --check
+	$(RUN)mypy
+
+bench: $(VENV)/.installed-peers
+	$(RUN)python benchmarks/step.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info runs
