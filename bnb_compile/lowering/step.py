@@ -83,7 +83,8 @@ class StepKernel(ExternKernel):
     def _rows(self, types: Sequence[str]) -> tuple[str, str]:
         """C++ parameters for the tensors, and the statement that makes rows of them."""
         slots = layout(_static(p.get_size()) for p in self.params).slots
-        strides, rows = [], []
+        strides: list[str] = []
+        rows: list[str] = []
         names = [f"p{k}" for k in range(len(self.params))]
         names += [f"g{k}" for k, g in enumerate(self.grads) if g is not None]
         for k, (param, grad, slot) in enumerate(zip(self.params, self.grads, slots)):

@@ -24,9 +24,9 @@ square overflows) keeps its parameter and its states, on every path.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,12 +68,12 @@ class StepOp:
         for name, _ in self.arenas:
             yield places.blocks if name.endswith("_absmax") else places.elements
 
-    @cached_property
+    @property
     def in_place(self) -> torch._ops.OpOverload:
         """The operator that updates its arguments."""
         return getattr(torch.ops.bnb_compile, f"{self.name}_").default
 
-    @cached_property
+    @property
     def functional(self) -> torch._ops.OpOverload:
         """The operator that returns the updated tensors, for export."""
         return getattr(torch.ops.bnb_compile, self.name).default
@@ -82,51 +82,47 @@ class StepOp:
 STEP_OPS = {(rule.name, bits): StepOp(rule, bits) for rule in rules.ALL for bits in (8, 32)}
 
 
-def _check(
-    op: StepOp,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    arenas: Sequence[Tensor],
-    step: Tensor,
-    hyper: Tensor,
-) -> None:
-    def require(condition: bool, message: Callable[[], str]) -> None:
-        torch._check_value(condition, lambda: f"{op.name}: {message()}")
+class Arguments(NamedTuple):
+    """A call's arguments, with the arenas gathered."""
 
-    require(len(params) > 0, lambda: "params is empty")
-    require(len(grads) == len(params), lambda: f"{len(params)} params, {len(grads)} grads")
-    require(
-        params[0].dtype in PARAM_DTYPES,
-        lambda: f"params must be one of {PARAM_DTYPES}, got {params[0].dtype}",
-    )
-    present = [grad for grad in grads if grad is not None]
-    for what, tensors, allowed in (("params", params, PARAM_DTYPES), ("grads", present, PARAM_DTYPES)):
-        found = {t.dtype for t in tensors}
-        require(
-            len(found) < 2 and found <= set(allowed),
-            lambda what=what, found=found: f"{what} must have one dtype of {PARAM_DTYPES}, got {found}",
-        )
-    for param, grad in zip(params, grads):
-        if grad is not None:
-            require(
-                grad.shape == param.shape,
-                lambda p=param, g=grad: f"shapes {tuple(p.shape)} of a param and {tuple(g.shape)} of its grad",
-            )
-    places = layout(param.numel() for param in params)
-    for (name, dtype), size, arena in zip(op.arenas, op.arena_sizes(places), arenas, strict=True):
-        require(
-            arena.dtype == dtype and arena.shape == (size,),
-            lambda n=name, d=dtype, s=size, a=arena: f"{n} must be ({s},) {d}, got {tuple(a.shape)} {a.dtype}",
-        )
-    n, h = len(params), len(op.rule.hyper._fields)
-    require(
-        step.shape == (n,) and step.dtype == torch.float32,
-        lambda: f"step must be ({n},) float32, got {tuple(step.shape)} {step.dtype}",
-    )
-    require(
-        hyper.shape == (n, h) and hyper.dtype == torch.float64,
-        lambda: f"hyper must be ({n}, {h}) float64, got {tuple(hyper.shape)} {hyper.dtype}",
-    )
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor | None]
+    arenas: Sequence[Tensor]
+    step: Tensor
+    hyper: Tensor
+
+    @staticmethod
+    def of(args: Sequence[Any]) -> Arguments:
+        """From the positional arguments of an operator."""
+        params, grads, *arenas, step, hyper = args
+        return Arguments(params, grads, arenas, step, hyper)
+
+
+def _mistakes(op: StepOp, a: Arguments) -> Iterator[str]:
+    if not a.params or len(a.grads) != len(a.params):
+        yield f"{len(a.params)} params and {len(a.grads)} grads; must be equally many, at least one"
+        return
+    for what, tensors in (("params", a.params), ("grads", a.grads)):
+        dtypes = {x.dtype for x in tensors if x is not None}
+        if len(dtypes) > 1 or not dtypes <= set(PARAM_DTYPES):
+            yield f"{what} are of {dtypes}, must be of one dtype of {PARAM_DTYPES}"
+    for k, (param, grad) in enumerate(zip(a.params, a.grads)):
+        if grad is not None and grad.shape != param.shape:
+            yield f"params[{k}] has shape {tuple(param.shape)}, its grad {tuple(grad.shape)}"
+    n, places = len(a.params), layout(param.numel() for param in a.params)
+    expected = [
+        *((*arena, (size,)) for arena, size in zip(op.arenas, op.arena_sizes(places))),
+        ("step", torch.float32, (n,)),
+        ("hyper", torch.float64, (n, len(op.rule.hyper._fields))),
+    ]
+    for (name, dtype, shape), x in zip(expected, (*a.arenas, a.step, a.hyper)):
+        if x.dtype != dtype or x.shape != shape:
+            yield f"{name} is {x.dtype} {tuple(x.shape)}, must be {dtype} {shape}"
+
+
+def _check(op: StepOp, a: Arguments) -> None:
+    for mistake in _mistakes(op, a):
+        raise ValueError(f"{op.name}: {mistake}")
 
 
 def _load(op: StepOp, arenas: Sequence[Tensor], slot: Slot) -> list[Tensor]:
@@ -136,90 +132,71 @@ def _load(op: StepOp, arenas: Sequence[Tensor], slot: Slot) -> list[Tensor]:
         return [arena[inside] for arena in arenas]
     scales = slice(slot.block, slot.block + slot.blocks)
     return [
-        dequantize(codes[inside], absmax[scales], _values(state.signed, codes), BLOCK)
+        dequantize(codes[inside], absmax[scales], dynamic_map(state.signed, codes.device).values, BLOCK)
         for state, codes, absmax in zip(op.rule.states, arenas[::2], arenas[1::2])
     ]
 
 
-def _values(signed: bool, like: Tensor) -> Tensor:
-    return dynamic_map(signed, like.device).values
-
-
-def _store(
-    op: StepOp, arenas: Sequence[Tensor], slot: Slot, states: Sequence[Tensor]
-) -> None:
+def _store(op: StepOp, arenas: Sequence[Tensor], slot: Slot, states: Sequence[Tensor]) -> None:
     inside = slice(slot.offset, slot.offset + slot.numel)
     if op.bits == 32:
-        for arena, state in zip(arenas, states):
-            arena[inside] = state
+        for arena, values in zip(arenas, states):
+            arena[inside] = values
         return
     scales = slice(slot.block, slot.block + slot.blocks)
-    for kind, codes, absmax, state in zip(op.rule.states, arenas[::2], arenas[1::2], states):
-        codes[inside], absmax[scales] = quantize(state, dynamic_map(kind.signed, codes.device), BLOCK)
+    for state, codes, absmax, values in zip(op.rule.states, arenas[::2], arenas[1::2], states):
+        codes[inside], absmax[scales] = quantize(values, dynamic_map(state.signed, codes.device), BLOCK)
 
 
-def _eager(
-    op: StepOp,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    arenas: Sequence[Tensor],
-    step: Tensor,
-    hyper: Tensor,
-) -> None:
-    rule = op.rule
-    for k, slot in enumerate(layout(param.numel() for param in params).slots):
-        param, grad = params[k], grads[k]
+def _update(op: StepOp, a: Arguments) -> None:
+    """The reference: one parameter after another, in plain torch."""
+    for k, slot in enumerate(layout(param.numel() for param in a.params).slots):
+        param, grad = a.params[k], a.grads[k]
         if grad is None:
             continue
-        step[k] += 1
-        scalars = rule.scalars(rule.hyper(*hyper[k]), step[k].double())
-        scalars_f32 = type(scalars)(*(s.float() for s in scalars))
-        old = [param.reshape(-1).float(), *_load(op, arenas, slot)]
-        new = rule.update(old[0], grad.reshape(-1).float(), *old[1:], scalars_f32)
-        finite = sum(new[1:]).isfinite()
+        a.step[k] += 1
+        scalars = op.rule.scalars(op.rule.hyper(*a.hyper[k]), a.step[k].double())
+        scalars_f32 = scalars._make(x.float() for x in scalars)
+        old = [param.reshape(-1).float(), *_load(op, a.arenas, slot)]
+        new = op.rule.update(old[0], grad.reshape(-1).float(), *old[1:], scalars_f32)
+        finite = torch.stack(new[1:]).sum(0).isfinite()
         param_f32, *states = (torch.where(finite, n, o) for n, o in zip(new, old))
         param.copy_(param_f32.view(param.shape))
-        _store(op, arenas, slot, states)
+        _store(op, a.arenas, slot, states)
 
 
 def _register(op: StepOp) -> None:
-    count = len(op.arenas)
+    def in_place(*args: Any) -> None:
+        a = Arguments.of(args)
+        _check(op, a)
+        _update(op, a)
 
-    def split(args: Sequence) -> tuple:
-        params, grads, *arenas = args[: 2 + count]
-        return params, grads, arenas, *args[2 + count :]
+    def in_place_fake(*args: Any) -> None:
+        _check(op, Arguments.of(args))
 
-    def in_place(*args) -> None:
-        arguments = split(args)
-        _check(op, *arguments)
-        _eager(op, *arguments)
+    def functional(*args: Any) -> tuple[Any, ...]:
+        a = Arguments.of(args)
+        params, arenas = [x.clone() for x in a.params], [x.clone() for x in a.arenas]
+        step = a.step.clone()
+        in_place(params, a.grads, *arenas, step, a.hyper)
+        return params, *arenas, step
 
-    def in_place_fake(*args) -> None:
-        _check(op, *split(args))
+    def functional_fake(*args: Any) -> tuple[Any, ...]:
+        a = Arguments.of(args)
+        _check(op, a)
+        return [torch.empty_like(x) for x in a.params], *map(torch.empty_like, (*a.arenas, a.step))
 
-    def functional(*args) -> tuple:
-        params, grads, arenas, step, hyper = split(args)
-        copies = [p.clone() for p in params], [a.clone() for a in arenas], step.clone()
-        in_place(copies[0], grads, *copies[1], copies[2], hyper)
-        return copies[0], *copies[1], copies[2]
-
-    def functional_fake(*args) -> tuple:
-        params, grads, arenas, step, hyper = split(args)
-        _check(op, *split(args))
-        return [torch.empty_like(p) for p in params], *map(torch.empty_like, arenas), torch.empty_like(step)
-
-    names = [name for name, _ in op.arenas]
-    marks = iter("abcdefghijklmnop")
-    mutated = ", ".join(f"Tensor({next(marks)}!) {name}" for name in (*names, "step"))
+    written = [*(name for name, _ in op.arenas), "step"]
+    mutated = ", ".join(f"Tensor({chr(ord('b') + k)}!) {name}" for k, name in enumerate(written))
     define(
-        f"{op.name}_(Tensor({next(marks)}!)[] params, Tensor?[] grads, {mutated}, Tensor hyper) -> ()",
+        f"{op.name}_(Tensor(a!)[] params, Tensor?[] grads, {mutated}, Tensor hyper) -> ()",
         in_place,
         in_place_fake,
     )
-    arguments = ", ".join(f"Tensor {name}" for name in (*names, "step"))
-    results = ", ".join(["Tensor[]", *["Tensor"] * (count + 1)])
+    tensors = ", ".join(f"Tensor {name}" for name in written)
+    results = ", ".join(["Tensor[]", *["Tensor"] * len(written)])
     define(
-        f"{op.name}(Tensor[] params, Tensor?[] grads, {arguments}, Tensor hyper) -> ({results})",
+        f"{op.name}(Tensor[] params, Tensor?[] grads, {tensors}, Tensor hyper) -> ({results})",
         functional,
         functional_fake,
     )

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..ops.arena import BLOCK, layout
-from ..ops.blockwise import dequantize, dynamic_map, quantize
+from ..ops.blockwise import dynamic_map, quantize
 from ..ops.step import StepOp
+from .checkpoint import SavedState
 
 
 class Bucket:
@@ -61,29 +62,21 @@ class Bucket:
             view[f"absmax{i}"] = self.arenas[2 * i - 1][scales]
         return view
 
-    def write(self, k: int, saved: dict[str, Any]) -> None:
+    def write(self, k: int, saved: SavedState) -> None:
         """Replace the state of a parameter by a saved one, of either format and any block size."""
         view = self.views(k)
-        view["step"].fill_(saved["step"])
-        for i, kind in enumerate(self.op.rule.states, 1):
-            state, absmax = saved[f"state{i}"], saved.get(f"absmax{i}")
-            target = view[f"state{i}"]
-            same_format = state.dtype == target.dtype
-            if same_format and self.op.bits == 8:
-                same_format = absmax.shape == view[f"absmax{i}"].shape and torch.equal(
-                    saved[f"qmap{i}"].to(self.device), view[f"qmap{i}"]
-                )
-            if same_format:
-                target.copy_(state)
-                if self.op.bits == 8:
-                    view[f"absmax{i}"].copy_(absmax)
+        view["step"].fill_(saved.step)
+        for i, (kind, moment) in enumerate(zip(self.op.rule.states, saved.moments), 1):
+            if self.op.bits == 32:
+                view[f"state{i}"].copy_(moment.decode())
                 continue
-            values = _decode(state, absmax, saved.get(f"qmap{i}")).to(self.device)
-            if self.op.bits == 8:
-                table = dynamic_map(kind.signed, self.device)
-                values, absmax = quantize(values, table, BLOCK)
-                view[f"absmax{i}"].copy_(absmax)
-            target.copy_(values)
+            table = dynamic_map(kind.signed, self.device)
+            if moment.has_format(BLOCK, table.values):
+                values, absmax = moment.values, moment.absmax
+            else:
+                values, absmax = quantize(moment.decode().to(self.device), table, BLOCK)
+            view[f"state{i}"].copy_(values)
+            view[f"absmax{i}"].copy_(absmax)
 
     def reset(self) -> None:
         """Forget the states of all parameters."""
@@ -119,14 +112,3 @@ def _by_dtype(grads: Sequence[Tensor | None]) -> Iterator[Sequence[Tensor | None
     else:
         for dtype in sorted(dtypes, key=str):
             yield [grad if grad is not None and grad.dtype == dtype else None for grad in grads]
-
-
-def _decode(state: Tensor, absmax: Tensor | None, qmap: Tensor | None) -> Tensor:
-    """A saved state as float32."""
-    if state.dtype != torch.uint8:
-        return state.float()
-    assert absmax is not None and qmap is not None
-    block_size = BLOCK
-    while -(-state.numel() // block_size) > absmax.numel():  # bitsandbytes before 0.44 used 2048
-        block_size *= 2
-    return dequantize(state, absmax, qmap, block_size)

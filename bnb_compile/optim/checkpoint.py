@@ -3,15 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..ops.arena import BLOCK
+from ..ops.blockwise import dequantize
 from ..rules import Rule
 
 #: bitsandbytes 0.49.2 and later keep the tensors of a parameter under this key.
 _NESTED = "__bnb_optimizer_quant_state__"
+_OLD_BLOCK = 2048  # of bitsandbytes before 0.44
+
+
+class SavedMoment(NamedTuple):
+    """One state of a parameter: float values, or codes with their scales and map."""
+
+    values: Tensor
+    absmax: Tensor
+    qmap: Tensor
+
+    @property
+    def block_size(self) -> int:
+        """Elements that share a scale; 1 of float values."""
+        if self.values.is_floating_point():
+            return 1
+        return BLOCK if self.absmax.numel() == -(-self.values.numel() // BLOCK) else _OLD_BLOCK
+
+    def has_format(self, block_size: int, qmap: Tensor) -> bool:
+        """Whether codes mean the same with these blocks and this map."""
+        return self.block_size == block_size and torch.equal(self.qmap.to(qmap), qmap)
+
+    def decode(self) -> Tensor:
+        """The values in float32."""
+        if self.values.is_floating_point():
+            return self.values.float()
+        return dequantize(self.values, self.absmax, self.qmap, self.block_size)
+
+
+class SavedState(NamedTuple):
+    """The state of a parameter: steps taken, and a moment for each state of the rule."""
+
+    step: float
+    moments: list[SavedMoment]
 
 
 def match_groups(
@@ -36,7 +71,8 @@ def match_groups(
             "loaded state dict has a different number of parameter groups: "
             f"{len(saved_groups)}, the optimizer has {len(groups)}"
         )
-    contents, params = [], {}
+    contents: list[dict[str, Any]] = []
+    params: dict[Any, Tensor] = {}
     for k, (group, saved) in enumerate(zip(groups, saved_groups)):
         if len(saved["params"]) != len(group["params"]):
             raise ValueError(
@@ -49,23 +85,22 @@ def match_groups(
     return contents, params
 
 
-def check_state(rule: Rule, key: Any, param: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
-    """Check the saved state of a parameter.
+def read_state(rule: Rule, key: Any, param: Tensor, saved: dict[str, Any]) -> SavedState:
+    """Read and check the saved state of a parameter.
 
     Args:
         rule: The optimizer's.
         key: The saved index, for messages.
         param: The parameter.
-        saved: Its saved state.
+        saved: Its entry in the state dict, flat or nested.
 
     Returns:
-        dict: The state with bitsandbytes' nesting removed.
+        SavedState: What was saved; the tensors are those of `saved`.
 
     Raises:
         ValueError: If an entry is missing or does not fit to the parameter.
     """
-    flat = {name: value for name, value in saved.items() if name != _NESTED}
-    flat.update(saved.get(_NESTED, {}))
+    flat = {**saved, **saved.get(_NESTED, {})}
     where = f"state of parameter {key}, shape {tuple(param.shape)}"
 
     def entry(name: str) -> Any:
@@ -73,23 +108,21 @@ def check_state(rule: Rule, key: Any, param: Tensor, saved: dict[str, Any]) -> d
             raise ValueError(f"{where}: no {name!r}, only {sorted(flat)}")
         return flat[name]
 
-    float(entry("step"))
+    moments = []
     for i, kind in enumerate(rule.states, 1):
-        state = entry(f"state{i}")
-        if state.shape != param.shape:
-            raise ValueError(f"{where}: state{i} ({kind.name}) has shape {tuple(state.shape)}")
-        if state.dtype.is_floating_point:
+        values = entry(f"state{i}")
+        if values.shape != param.shape:
+            raise ValueError(f"{where}: state{i} ({kind.name}) has shape {tuple(values.shape)}")
+        if values.is_floating_point():
+            moments.append(SavedMoment(values, values, values))
             continue
-        absmax, qmap = entry(f"absmax{i}"), entry(f"qmap{i}")
-        blocks = -(-state.numel() // BLOCK)
-        if (
-            state.element_size() != 1
-            or qmap.numel() != 256
-            or not (absmax.numel() == blocks or absmax.numel() == -(-state.numel() // 2048))
-        ):
+        moment = SavedMoment(values, entry(f"absmax{i}"), entry(f"qmap{i}"))
+        blocks = [-(-values.numel() // size) for size in (BLOCK, _OLD_BLOCK)]
+        if values.dtype != torch.uint8 or moment.qmap.numel() != 256 or moment.absmax.numel() not in blocks:
             raise ValueError(
-                f"{where}: state{i} is {state.dtype} with {absmax.numel()} scales and a map of "
-                f"{qmap.numel()} values; must be uint8, {blocks} scales (one for each {BLOCK} elements, "
-                "or 2048 as bitsandbytes before 0.44 had) and 256 values"
+                f"{where}: state{i} is {values.dtype} with {moment.absmax.numel()} scales and a map of "
+                f"{moment.qmap.numel()} values; must be uint8 with {blocks[0]} scales (blocks of {BLOCK}; "
+                f"or {blocks[1]}, blocks of {_OLD_BLOCK}) and a map of 256"
             )
-    return flat
+        moments.append(moment)
+    return SavedState(float(entry("step")), moments)

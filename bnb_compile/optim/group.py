@@ -31,10 +31,11 @@ class ParamGroup(dict):
         self._written()
 
     def update(self, *args: Any, **kwargs: Any) -> None:
+        """As of a dict."""
         super().update(*args, **kwargs)
         self._written()
 
-    def __ior__(self, other: Any) -> ParamGroup:  # type: ignore[misc,override]
+    def __ior__(self, other: Any) -> ParamGroup:  # type: ignore[misc]
         self.update(other)
         return self
 

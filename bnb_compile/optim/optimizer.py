@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from ..ops.step import PARAM_DTYPES, STEP_OPS
 from ..rules import Rule
 from .bucket import Bucket
-from .checkpoint import check_state, match_groups
+from .checkpoint import match_groups, read_state
 from .group import ParamGroup
 
 
@@ -43,14 +43,14 @@ class Options(TypedDict, total=False):
 
 
 #: What bitsandbytes keeps in ``optimizer.args``, and the values that mean "off".
-_ARGS = dict(
-    optim_bits=32,
-    min_8bit_size=4096,
-    max_unorm=0.0,
-    skip_zeros=False,
-    percentile_clipping=100,
-    block_wise=True,
-)
+_ARGS: dict[str, Any] = {
+    "optim_bits": 32,
+    "min_8bit_size": 4096,
+    "max_unorm": 0.0,
+    "skip_zeros": False,
+    "percentile_clipping": 100,
+    "block_wise": True,
+}
 
 
 def number(name: str, value: Any, below: float = math.inf) -> Any:
@@ -88,13 +88,14 @@ class AbstractOptimizer(torch.optim.Optimizer):
         self._buckets: list[Bucket] = []
         self._places: dict[int, tuple[Bucket, int]] = {}  # by id of the parameter
         self._mirrored: dict[int, tuple[float, ...]] = {}  # by id of the group
-        self._compile = bool(options.pop("compile", True))
-        if options.pop("is_paged", False):
+        given: dict[str, Any] = dict(options)
+        self._compile = bool(given.pop("compile", True))
+        if given.pop("is_paged", False):
             raise NotImplementedError(f"{type(self).__name__}: is_paged=True is not implemented yet")
-        given = vars(options.pop("args", None) or SimpleNamespace())
-        chosen = {name: given.get(name, options.pop(name, off)) for name, off in _ARGS.items()}
-        if options:
-            raise TypeError(f"{type(self).__name__} got unexpected arguments {sorted(options)}")
+        args = given.pop("args", None)
+        chosen = {name: getattr(args, name, given.pop(name, off)) for name, off in _ARGS.items()}
+        if given:
+            raise TypeError(f"{type(self).__name__} got unexpected arguments {sorted(given)}")
         for name in ("max_unorm", "skip_zeros", "percentile_clipping", "block_wise"):
             if chosen[name] != _ARGS[name]:
                 raise NotImplementedError(
@@ -211,7 +212,11 @@ class AbstractOptimizer(torch.optim.Optimizer):
             for param in group["params"]
             if param in self.state or param.requires_grad or param.grad is not None
         ]
-        old = {param: self.state[param] for param in params if self.state.get(param)}
+        old = {
+            param: read_state(self.rule, "kept", param, self.state[param])
+            for param in params
+            if self.state.get(param)
+        }
         self._buckets, self._places = [], {}
         self.state.clear()
         self._add_buckets(params)
@@ -224,7 +229,7 @@ class AbstractOptimizer(torch.optim.Optimizer):
     # -- the step ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         Inside a function that is being compiled or exported, the step becomes a part of its graph.
@@ -315,11 +320,11 @@ class AbstractOptimizer(torch.optim.Optimizer):
             ValueError: If it does not fit to this optimizer, which is left as it was then.
         """
         state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():  # type: ignore[attr-defined]
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         contents, params = match_groups(self.param_groups, state_dict)
         states = {
-            params[key]: check_state(self.rule, key, params[key], saved)
+            params[key]: read_state(self.rule, key, params[key], saved)
             for key, saved in state_dict["state"].items()
         }
         for content in contents:
@@ -337,8 +342,8 @@ class AbstractOptimizer(torch.optim.Optimizer):
             bucket.write(k, saved)
         for group in self.param_groups:
             self._mirror_hyper(group)
-        for hook in self._optimizer_load_state_dict_post_hooks.values():  # type: ignore[attr-defined]
-            hook(self)
+        for loaded in self._optimizer_load_state_dict_post_hooks.values():
+            loaded(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {

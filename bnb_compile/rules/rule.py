@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ class Rule:
         name: Lower case; part of the operators' names.
         hyper: NamedTuple of the numeric hyperparameters; its order is the order of a row of `hyper`.
         states: What is remembered for each element.
-        scalars: ``(hyper, step) -> scalars``: what the elements of a parameter share, such as bias
+        scalars: ``(hyper, step) -> NamedTuple``: what the elements of a parameter share, such as bias
             corrections. Arguments and results are float64 and broadcast; `step` counts from 1.
         update: ``(param, grad, *states, scalars) -> (param, *states)``, float32 elementwise.
     """
@@ -36,5 +36,5 @@ class Rule:
     name: str
     hyper: type[Any]
     states: tuple[State, ...]
-    scalars: Callable[[Any, Tensor], Sequence[Tensor]]
+    scalars: Callable[[Any, Tensor], Any]
     update: Callable[..., tuple[Tensor, ...]]

@@ -86,7 +86,7 @@ def print_rule(rule: Rule) -> str:
     fields = rule.scalars(rule.hyper(*[torch.zeros(())] * len(hyper)), torch.ones(()))
     shared = [f"s[{k}]" for k in range(len(scalars))]
     graph = trace(
-        lambda *a: rule.update(*a[: 2 + states], type(fields)(*a[2 + states :])),
+        lambda *a: rule.update(*a[: 2 + states], fields._make(a[2 + states :])),
         2 + states + len(scalars),
         torch.float32,
     )
