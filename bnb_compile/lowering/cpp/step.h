@@ -45,7 +45,7 @@ template <class G>
 inline bool moderate(const G* grad) {
   V bad(0.f);  // zero, or NaN from 0 * infinity
   for (int i = 0; i < BLOCK; i += LANES)
-    bad = at::vec::fmadd(load(grad + i) * V(0x1p68f), V(0.f), bad);
+    bad = at::vec::fmadd(kernel_parts::load(grad + i) * V(0x1p68f), V(0.f), bad);
   return bad.zero_mask() == (1 << LANES) - 1;
 }
 
@@ -96,38 +96,40 @@ struct Blockwise {
   uint8_t* codes[Rule::STATES];
   float* absmax[Rule::STATES];
 
-  struct Block {
-    Staged<uint8_t> staged[Rule::STATES];
-    uint8_t* codes[Rule::STATES];
-    V scale[Rule::STATES], high[Rule::STATES];
-    alignas(64) float fresh[Rule::STATES][BLOCK];
-    std::tuple<Codec<true>, Codec<false>> codec;
+  template <int s>
+  struct Buffer {
+    Staged<uint8_t> staged;
+    alignas(64) float fresh[BLOCK];
+  };
 
-    void in(const Blockwise& arena, int64_t offset, int64_t block, int count) {
-      for (int s = 0; s < Rule::STATES; s++) {
-        const uint8_t zero = Rule::SIGNED[s] ? 127 : 0;
-        codes[s] = staged[s].in(arena.codes[s] + offset, nullptr, 0, count, zero);
-        scale[s] = V(arena.absmax[s][block]);
-        high[s] = V(0.f);
-      }
-    }
-    template <int s>
+  // A block of one state. Its buffer is elsewhere, so that the members can live in registers.
+  template <int s>
+  struct State {
+    using C = Codec<Rule::SIGNED[s]>;
+    const C codec;
+    uint8_t* const codes;
+    float* const fresh;
+    const V scale;
+    V high{0.f};
+
+    State(const Blockwise& arena, Buffer<s>& buffer, int64_t first, int64_t block, int count)
+        : codes(buffer.staged.in(arena.codes[s] + first, nullptr, 0, count, C::ZERO)),
+          fresh(buffer.fresh),
+          scale(arena.absmax[s][block]) {}
     inline V decode(int i) const {
-      return std::get<Codec<Rule::SIGNED[s]>>(codec).decode(codes[s] + i) * scale[s];
+      return codec.decode(codes + i) * scale;
     }
-    template <int s>
     inline void keep(int i, const V& value) {
-      value.store(fresh[s] + i);
-      high[s] = at::vec::clamp_min(high[s], Rule::SIGNED[s] ? value.abs() : value);
+      value.store(fresh + i);
+      high = at::vec::clamp_min(high, Rule::SIGNED[s] ? value.abs() : value);
     }
-    template <int s>
-    void out(const Blockwise& arena, int64_t offset, int64_t block, int count) {
-      float absmax = largest(high[s]);
+    void out(const Blockwise& arena, Buffer<s>& buffer, int64_t first, int64_t block, int count) {
+      float absmax = largest(high);
       if (absmax < std::numeric_limits<float>::min()) absmax = 0.f;  // as ops/blockwise.py
       absmax = std::min(absmax, std::numeric_limits<float>::max());
       arena.absmax[s][block] = absmax;
-      Codec<Rule::SIGNED[s]>::encode(fresh[s], absmax > 0.f ? 1.f / absmax : 0.f, codes[s]);
-      staged[s].out(arena.codes[s] + offset, nullptr, 0, count);
+      C::encode(fresh, absmax > 0.f ? 1.f / absmax : 0.f, codes);
+      buffer.staged.out(arena.codes[s] + first, nullptr, 0, count);
     }
   };
 };
@@ -136,25 +138,23 @@ struct Blockwise {
 struct Full {
   float* state[Rule::STATES];
 
-  struct Block {
-    Staged<float> staged[Rule::STATES];
-    float* state[Rule::STATES];
+  template <int s>
+  using Buffer = Staged<float>;
 
-    void in(const Full& arena, int64_t offset, int64_t, int count) {
-      for (int s = 0; s < Rule::STATES; s++)
-        state[s] = staged[s].in(arena.state[s] + offset, nullptr, 0, count);
-    }
-    template <int s>
+  template <int s>
+  struct State {
+    float* const values;
+
+    State(const Full& arena, Buffer<s>& buffer, int64_t first, int64_t, int count)
+        : values(buffer.in(arena.state[s] + first, nullptr, 0, count)) {}
     inline V decode(int i) const {
-      return V::loadu(state[s] + i);
+      return V::loadu(values + i);
     }
-    template <int s>
     inline void keep(int i, const V& value) {
-      value.store(state[s] + i);
+      value.store(values + i);
     }
-    template <int s>
-    void out(const Full& arena, int64_t offset, int64_t, int count) {
-      staged[s].out(arena.state[s] + offset, nullptr, 0, count);
+    void out(const Full& arena, Buffer<s>& buffer, int64_t first, int64_t, int count) {
+      buffer.out(arena.state[s] + first, nullptr, 0, count);
     }
   };
 };
@@ -163,7 +163,7 @@ template <class P, class G, class Storage, int... S>
 void update_block(
     const Parameter& parameter, const Storage& arena, int64_t b, const float* shared,
     std::integer_sequence<int, S...>) {
-  const int64_t first = b * BLOCK;
+  const int64_t first = b * BLOCK, offset = parameter.offset + first, scale = parameter.block + b;
   const int count = (int)std::min<int64_t>(BLOCK, parameter.numel - first);
   Staged<P> staged_param;
   Staged<G> staged_grad;
@@ -171,15 +171,16 @@ void update_block(
   P* const param = staged_param.in(data, parameter.data_strides, first, count);
   const G* const grad =
       staged_grad.in((G*)parameter.grad, parameter.grad_strides, first, count);
-  typename Storage::Block block;
-  block.in(arena, parameter.offset + first, parameter.block + b, count);
+  std::tuple<typename Storage::template Buffer<S>...> buffers;
+  std::tuple<typename Storage::template State<S>...> states{
+      typename Storage::template State<S>(arena, std::get<S>(buffers), offset, scale, count)...};
 
   V s[Rule::SCALARS];
   for (int k = 0; k < Rule::SCALARS; k++) s[k] = V(shared[k]);
   const auto update = [&](auto checked) {
     for (int i = 0; i < BLOCK; i += LANES) {
       const V old_param = load(param + i);
-      const V old[] = {block.template decode<S>(i)...};
+      const V old[] = {std::get<S>(states).decode(i)...};
       V fresh[] = {old[S]...};
       V fresh_param = old_param;
       Rule::update(fresh_param, load(grad + i), fresh, s);
@@ -190,7 +191,7 @@ void update_block(
         ((fresh[S] = V::blendv(old[S], fresh[S], finite)), ...);
       }
       store(fresh_param, param + i);
-      (block.template keep<S>(i, fresh[S]), ...);
+      (std::get<S>(states).keep(i, fresh[S]), ...);
     }
   };
   // An element whose states would not be finite stays as it is. Only a gradient that is not finite, or
@@ -201,7 +202,7 @@ void update_block(
     update(std::true_type());
   }
   staged_param.out(data, parameter.data_strides, first, count);
-  (block.template out<S>(arena, parameter.offset + first, parameter.block + b, count), ...);
+  (std::get<S>(states).out(arena, std::get<S>(buffers), offset, scale, count), ...);
 }
 
 template <class P, class G, class Storage>
