@@ -13,6 +13,7 @@ constexpr int LANES = V::size();
 template <bool SIGNED>
 struct Codec {
   using M = Map<SIGNED>;
+  static constexpr uint8_t ZERO = SIGNED ? 127 : 0;
 
 #if defined(CPU_CAPABILITY_AVX512)
   const __m512 slope = _mm512_loadu_ps(M::SLOPE), start = _mm512_loadu_ps(M::START);
