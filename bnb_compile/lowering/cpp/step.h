@@ -179,11 +179,11 @@ void update_block(
   for (int k = 0; k < Rule::SCALARS; k++) s[k] = V(shared[k]);
   const auto update = [&](auto checked) {
     for (int i = 0; i < BLOCK; i += LANES) {
-      const V old_param = load(param + i);
+      const V old_param = kernel_parts::load(param + i);
       const V old[] = {std::get<S>(states).decode(i)...};
       V fresh[] = {old[S]...};
       V fresh_param = old_param;
-      Rule::update(fresh_param, load(grad + i), fresh, s);
+      Rule::update(fresh_param, kernel_parts::load(grad + i), fresh, s);
       if constexpr (checked) {
         const V finite =
             (V(0.f) + ... + fresh[S]).abs() < V(std::numeric_limits<float>::infinity());
