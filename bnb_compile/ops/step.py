@@ -18,8 +18,8 @@ with n parameters, and
 
 `hyper` and `step` are tensors so that neither a schedule nor the count ever recompiles or synchronises;
 `hyper` is float64 so that ``1 - beta2`` and the bias corrections have the accuracy that Python numbers
-give them. An element whose new states would not be finite (its gradient is NaN or infinite, or its
-square overflows) keeps its parameter and its states, on every path.
+give them. An element whose gradient is NaN, infinite or not below 2**60, where squares come near the end
+of float32, keeps its parameter and its states, on every path.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from .blockwise import dequantize, dynamic_map, quantize
 from .library import define
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Elements with a gradient that is not below this magnitude are left alone.
+GRAD_LIMIT = 2.0**60
 
 
 @dataclass(frozen=True)
@@ -158,9 +160,10 @@ def _update(op: StepOp, a: Arguments) -> None:
         scalars = op.rule.scalars(op.rule.hyper(*a.hyper[k]), a.step[k].double())
         scalars_f32 = scalars._make(x.float() for x in scalars)
         old = [param.reshape(-1).float(), *_load(op, a.arenas, slot)]
-        new = op.rule.update(old[0], grad.reshape(-1).float(), *old[1:], scalars_f32)
-        finite = torch.stack(new[1:]).sum(0).isfinite()
-        param_f32, *states = (torch.where(finite, n, o) for n, o in zip(new, old))
+        grad_f32 = grad.reshape(-1).float()
+        new = op.rule.update(old[0], grad_f32, *old[1:], scalars_f32)
+        usable = grad_f32.abs() < GRAD_LIMIT
+        param_f32, *states = (torch.where(usable, n, o) for n, o in zip(new, old))
         param.copy_(param_f32.view(param.shape))
         _store(op, a.arenas, slot, states)
 

@@ -18,7 +18,7 @@ struct Parameter {
 };
 
 template <class T>
-inline V load(const T* from) {
+inline V read(const T* from) {
   if constexpr (std::is_same_v<T, float>) {
     return V::loadu(from);
   } else {
@@ -27,7 +27,7 @@ inline V load(const T* from) {
 }
 
 template <class T>
-inline void store(const V& value, T* to) {
+inline void write(const V& value, T* to) {
   if constexpr (std::is_same_v<T, float>) {
     value.store(to);
   } else {
@@ -40,12 +40,15 @@ inline float largest(const V& value) {
       [](const V& a, const V& b) { return at::vec::clamp_min(a, b); }, value);
 }
 
-// Whether all of a block's gradients are below 2^60, and none is NaN.
+constexpr float GRAD_LIMIT = 0x1p60f;  // ops/step.py
+
+// Whether all of a block's gradients are below the limit, and none is NaN.
 template <class G>
-inline bool moderate(const G* grad) {
+inline bool usable(const G* grad) {
+  const V to_infinity((float)(0x1p128 / GRAD_LIMIT));
   V bad(0.f);  // zero, or NaN from 0 * infinity
   for (int i = 0; i < BLOCK; i += LANES)
-    bad = at::vec::fmadd(kernel_parts::load(grad + i) * V(0x1p68f), V(0.f), bad);
+    bad = at::vec::fmadd(read(grad + i) * to_infinity, V(0.f), bad);
   return bad.zero_mask() == (1 << LANES) - 1;
 }
 
@@ -179,24 +182,23 @@ void update_block(
   for (int k = 0; k < Rule::SCALARS; k++) s[k] = V(shared[k]);
   const auto update = [&](auto checked) {
     for (int i = 0; i < BLOCK; i += LANES) {
-      const V old_param = kernel_parts::load(param + i);
+      const V old_param = read(param + i);
       const V old[] = {std::get<S>(states).decode(i)...};
       V fresh[] = {old[S]...};
       V fresh_param = old_param;
-      Rule::update(fresh_param, kernel_parts::load(grad + i), fresh, s);
+      const V grad_f32 = read(grad + i);
+      Rule::update(fresh_param, grad_f32, fresh, s);
       if constexpr (checked) {
-        const V finite =
-            (V(0.f) + ... + fresh[S]).abs() < V(std::numeric_limits<float>::infinity());
-        fresh_param = V::blendv(old_param, fresh_param, finite);
-        ((fresh[S] = V::blendv(old[S], fresh[S], finite)), ...);
+        const V keep = grad_f32.abs() < V(GRAD_LIMIT);
+        fresh_param = V::blendv(old_param, fresh_param, keep);
+        ((fresh[S] = V::blendv(old[S], fresh[S], keep)), ...);
       }
-      store(fresh_param, param + i);
+      write(fresh_param, param + i);
       (std::get<S>(states).keep(i, fresh[S]), ...);
     }
   };
-  // An element whose states would not be finite stays as it is. Only a gradient that is not finite, or
-  // whose square is not, can do that, so a look at the gradients spares the others the check.
-  if (moderate(grad)) {
+  // Elements with an unusable gradient stay as they are; most blocks have none and need no check of each.
+  if (usable(grad)) {
     update(std::false_type());
   } else {
     update(std::true_type());
