@@ -1,0 +1,781 @@
+"""Every optimizer of tests/opt_*.py against plain ones: what a step computes, and what it leaves alone."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from reference import all_families
+from torch import nn
+
+FAMILIES = all_families()
+CLASSES = [(family, cls) for family in FAMILIES for cls in family.classes]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def short(value):
+    return str(value).removeprefix("torch.")
+
+
+families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+classes = pytest.mark.parametrize("family,cls", CLASSES, ids=[cls.__name__ for _, cls in CLASSES])
+variants = pytest.mark.parametrize(
+    "family,hyper",
+    [(family, hyper) for family in FAMILIES for hyper in family.variants],
+    ids=[f"{family.name}{k}" for family in FAMILIES for k in range(len(family.variants))],
+)
+each_bits = pytest.mark.parametrize("bits", [8, 32])
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
+both_paths = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+
+
+def parameter(*size, dtype=torch.float32, scale=0.1):
+    return nn.Parameter((torch.randn(size) * scale).to(dtype))
+
+
+def noise(params, scale=0.01):
+    return [(torch.randn(p.shape) * scale).to(p.dtype) for p in params]
+
+
+def step(optimizer, params, grads):
+    for param, grad in zip(params, grads):
+        param.grad = grad
+    optimizer.step()
+
+
+def snapshot(optimizer):
+    """Everything a step may change, copied."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [
+        (p.detach().clone(), {k: v.clone() for k, v in optimizer.state.get(p, {}).items()}) for p in params
+    ]
+
+
+def same(one, other):
+    return all(
+        torch.equal(p, q) and s.keys() == t.keys() and all(torch.equal(s[k], t[k]) for k in s)
+        for (p, s), (q, t) in zip(one, other)
+    )
+
+
+def relative_error(value, expected):
+    value, expected = value.detach().double(), expected.detach().double()
+    return ((value - expected).norm() / expected.norm()).item()
+
+
+# -- what is computed ---------------------------------------------------------------------------
+
+
+@families
+def test_the_reference_is_the_torch_optimizer(family):
+    for hyper in family.variants:
+        param = nn.Parameter(torch.randn(100, dtype=torch.float64))
+        reference, torchs = family.reference([param], **hyper), family.torch_class([param], **hyper)
+        for _ in range(20):
+            grads = noise([param])
+            step(torchs, [param], grads)
+            reference.step(grads)
+        torch.testing.assert_close(reference.params[0], param.detach(), rtol=1e-12, atol=1e-14)
+
+
+@classes
+@each_dtype
+@both_paths
+def test_200_steps_follow_the_reference(family, cls, dtype, compiled):
+    """Bounds: 200 roundings of float32; a tie that a 16-bit parameter rounds otherwise; the 8-bit format."""
+    bits, defaults = family.classes[cls]
+    param = nn.Parameter(torch.zeros(5000, dtype=dtype))  # from zero: the parameter is its displacement
+    optimizer, reference = cls([param], compile=compiled), family.reference([param], **defaults)
+    for _ in range(200):
+        grads = noise([param])
+        step(optimizer, [param], grads)
+        reference.step(grads)
+    assert optimizer.state[param]["state1"].dtype == (torch.uint8 if bits == 8 else torch.float32)
+    assert optimizer.state[param]["step"] == 200
+    error = relative_error(param, reference.params[0])
+    if bits == 8:
+        rounding = {torch.float32: 0, torch.float16: 1e-3, torch.bfloat16: 2e-2}[dtype]
+        assert error <= family.relative_error_8bit + rounding
+    else:
+        assert error <= {torch.float32: 5e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}[dtype]
+
+
+@variants
+@both_paths
+def test_32_bit_states_are_within_1e_6_of_the_torch_optimizer(family, hyper, compiled):
+    param = parameter(5000)
+    other = nn.Parameter(param.detach().clone())
+    optimizer = family.general([param], optim_bits=32, compile=compiled, **hyper)
+    torchs = family.torch_class([other], **hyper)
+    for _ in range(200):
+        grads = noise([param])
+        step(optimizer, [param], grads)
+        step(torchs, [other], grads)
+    assert relative_error(param, other) <= 1e-6
+
+
+@families
+@each_dtype
+@both_paths
+def test_each_8_bit_step_is_within_bitsandbytes_published_error(family, dtype, compiled):
+    """Its tests/test_optim.py, test_optimizer8bit: parameters and states are made equal after each step."""
+    absolute, relative = family.step_error_8bit[dtype]
+    param = parameter(64, 257, dtype=dtype)
+    optimizer = family.general([param], optim_bits=8, weight_decay=0.0, compile=compiled)
+    reference = family.reference([nn.Parameter(param.detach().float())], weight_decay=0.0)
+    exact = reference.params[0]
+    for _ in range(50):
+        grads = noise([param])
+        step(optimizer, [param], grads)
+        reference.step(grads)
+        error = (param.detach().float() - exact).abs()
+        assert error.mean() <= absolute
+        assert (error / (exact.abs() + 1e-9)).mean() <= relative
+        exact.copy_(exact.to(dtype))
+        param.data.copy_(exact)
+        state = optimizer.state[param]
+        for k in range(family.states):
+            scales = state[f"absmax{k + 1}"].repeat_interleave(256)[: param.numel()]
+            values = state[f"qmap{k + 1}"][state[f"state{k + 1}"].long()] * scales.view(param.shape)
+            torch.testing.assert_close(values.double(), reference.states[0][k], rtol=1e-3, atol=3e-3)
+            reference.states[0][k].copy_(values)
+
+
+@families
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_the_relative_error_does_not_depend_on_the_gradient_scale(family, grad_dtype):
+    """With eps far below the gradients, as otherwise it takes over and the second moment does not count."""
+    errors, scales = [], [1e-3, 1e-6, 1e-9, 1e-12]
+    for scale in scales:
+        torch.manual_seed(0)
+        param = nn.Parameter(torch.zeros(8192))
+        param.grad_dtype = grad_dtype
+        hyper = dict(eps=scale * 1e-8, weight_decay=0.0)
+        optimizer = family.general([param], optim_bits=8, **hyper)
+        reference = family.reference([param], **hyper)
+        for _ in range(200):
+            grads = [(torch.randn(8192) * scale).to(grad_dtype)]
+            step(optimizer, [param], grads)
+            reference.step(grads)
+        errors.append(relative_error(param, reference.params[0]))
+    assert max(errors) <= family.relative_error_8bit
+    assert max(errors) - min(errors) <= 0.05 * max(errors)
+
+
+@families
+@pytest.mark.parametrize("scale", [1e-3, 1e-7, 1e-12])
+def test_the_default_eps_is_applied_at_every_gradient_scale(family, scale):
+    param = nn.Parameter(torch.zeros(8192))
+    optimizer = family.general([param], optim_bits=8, weight_decay=0.0)
+    reference = family.reference([param], weight_decay=0.0)
+    for _ in range(200):
+        grads = noise([param], scale)
+        step(optimizer, [param], grads)
+        reference.step(grads)
+    assert relative_error(param, reference.params[0]) <= family.relative_error_8bit
+
+
+# -- sizes, dtypes and places in memory ---------------------------------------------------------
+
+
+@families
+@each_bits
+@both_paths
+def test_every_size_in_one_optimizer_steps_as_alone(family, bits, compiled):
+    shapes = [(n,) for n in (0, 1, 255, 256, 257, 4095, 4096, 4097)] + [(), (3, 0, 2), (1, 1, 1), (17, 31)]
+    params = [parameter(*shape) for shape in shapes]
+    alone = [nn.Parameter(p.detach().clone()) for p in params]
+    options = dict(optim_bits=bits, min_8bit_size=0, compile=compiled)
+    together = family.general(params, **options)
+    apart = [family.general([p], **options) for p in alone]
+    reference = family.reference(params, **family.classes[family.general][1])
+    for _ in range(5):
+        grads = noise(params)
+        step(together, params, grads)
+        reference.step(grads)
+        for optimizer, param, grad in zip(apart, alone, grads):
+            step(optimizer, [param], [grad.clone()])
+    for param, one, exact in zip(params, alone, reference.params):
+        assert torch.equal(param, one)
+        torch.testing.assert_close(param.detach(), exact, rtol=0, atol=1e-6 if bits == 32 else 2e-3)
+        assert together.state[param]["state1"].shape == param.shape
+        assert together.state[param]["step"] == 5
+
+
+@families
+@each_bits
+def test_compiled_and_eager_steps_agree_on_every_code_but_for_rounding(family, bits):
+    """One code in ten thousand may differ, by one, where a rounding decides."""
+    finals = []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        param = parameter(50_000)
+        optimizer = family.general([param], optim_bits=bits, compile=compiled)
+        step(optimizer, [param], noise([param]))
+        finals.append((param.detach(), optimizer.state[param]))
+    (param, state), (other, other_state) = finals
+    torch.testing.assert_close(param, other, rtol=1e-6, atol=1e-9)
+    for k in range(1, family.states + 1):
+        if bits == 8:
+            apart = (state[f"state{k}"].int() - other_state[f"state{k}"].int()).abs()
+            assert apart.max() <= 1 and apart.count_nonzero() <= apart.numel() / 10_000
+        else:
+            torch.testing.assert_close(state[f"state{k}"], other_state[f"state{k}"])
+
+
+@families
+@each_bits
+@both_paths
+def test_dtypes_and_gradient_dtypes_may_be_mixed_in_a_group(family, bits, compiled):
+    pairs = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)]
+    pairs += [(torch.bfloat16, torch.float32), (torch.float32,) * 2]
+    params = [parameter(5000, dtype=dtype, scale=0.0) for dtype, _ in pairs]
+    for param, (_, grad_dtype) in zip(params, pairs):
+        param.grad_dtype = grad_dtype
+    optimizer = family.general(params, optim_bits=bits, weight_decay=0.0, compile=compiled)
+    reference = family.reference(params, weight_decay=0.0)
+    for _ in range(10):
+        grads = [torch.randn(5000).to(grad_dtype) for _, grad_dtype in pairs]
+        step(optimizer, params, grads)
+        reference.step(grads)
+    for param, exact in zip(params, reference.params):
+        assert relative_error(param, exact) <= (1e-3 if bits == 32 else 3e-2)
+
+
+def transposed(layout):
+    return layout.t()
+
+
+def channels_last(layout):
+    return layout.view(10, 6, 5, 17).contiguous(memory_format=torch.channels_last)
+
+
+def strided(layout):
+    return layout[:, ::2]
+
+
+LAYOUTS = [transposed, channels_last, strided]
+
+
+@families
+@each_bits
+@both_paths
+@pytest.mark.parametrize("grad_layout", ["like the parameter", "contiguous"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_a_parameter_keeps_its_memory_format_and_address(family, bits, compiled, layout, grad_layout):
+    param = nn.Parameter(layout(torch.randn(60, 85)))
+    plain = nn.Parameter(param.detach().clone(memory_format=torch.contiguous_format))
+    assert not param.is_contiguous() and plain.is_contiguous()
+    before = param.stride(), param.data_ptr()
+    options = dict(optim_bits=bits, min_8bit_size=0, compile=compiled)
+    optimizer, other = family.general([param], **options), family.general([plain], **options)
+    for _ in range(3):
+        grad = torch.randn(param.shape)
+        step(other, [plain], [grad])
+        if grad_layout == "like the parameter":
+            grad = torch.empty_strided(param.shape, param.stride()).copy_(grad)
+        step(optimizer, [param], [grad])
+    assert (param.stride(), param.data_ptr()) == before
+    assert torch.equal(param, plain)
+    for k in range(1, family.states + 1):
+        assert torch.equal(optimizer.state[param][f"state{k}"], other.state[plain][f"state{k}"])
+
+
+@families
+@each_bits
+@both_paths
+def test_views_of_a_flat_buffer_update_the_buffer(family, bits, compiled):
+    buffer = torch.randn(3 * 5000)
+    start = buffer.clone()
+    pieces = [
+        buffer[:5000],
+        buffer[5001:10_000],
+        buffer[10_000:].view(50, 100).t(),
+    ]  # one element is nobody's
+    params = [nn.Parameter(piece) for piece in pieces]
+    optimizer = family.general(params, optim_bits=bits, compile=compiled)
+    step(optimizer, params, [torch.ones_like(p) for p in params])
+    moved = buffer != start
+    assert not moved[5000] and moved.count_nonzero() == 3 * 5000 - 1
+    assert all(param.data_ptr() == piece.data_ptr() for param, piece in zip(params, pieces))
+
+
+@families
+@each_bits
+@both_paths
+def test_an_expanded_gradient_is_read_right_and_not_written(family, bits, compiled):
+    param = parameter(70, 70)
+    plain = nn.Parameter(param.detach().clone())
+    row = torch.randn(70)
+    before = row.clone()
+    options = dict(optim_bits=bits, compile=compiled)
+    step(family.general([param], **options), [param], [row.expand(70, 70)])
+    step(family.general([plain], **options), [plain], [row.repeat(70, 1)])
+    assert torch.equal(param, plain)
+    assert torch.equal(row, before)
+
+
+@families
+@pytest.mark.parametrize(
+    ("limit", "quantised"), [(4096, [False, True]), (100, [True, True]), (9999, [False] * 2)]
+)
+def test_only_parameters_of_min_8bit_size_and_more_have_8_bit_states(family, limit, quantised):
+    params = [parameter(4095), parameter(4096)]
+    optimizer = family.general(params, optim_bits=8, min_8bit_size=limit)
+    step(optimizer, params, noise(params))
+    assert [optimizer.state[p]["state1"].dtype == torch.uint8 for p in params] == quantised
+    assert all(("absmax1" in optimizer.state[p]) == is_8bit for p, is_8bit in zip(params, quantised))
+
+
+@families
+@pytest.mark.parametrize("numel", [4097, 33 * 4097])
+def test_8_bit_states_take_2_04_bytes_for_each_parameter_at_odd_sizes(family, numel):
+    param = parameter(numel)
+    optimizer = family.general([param], optim_bits=8)
+    step(optimizer, [param], noise([param]))
+    names = [f"{part}{k}" for part in ("state", "absmax") for k in range(1, family.states + 1)]
+    state = [optimizer.state[param][name] for name in names]
+    assert sum(t.nbytes for t in state) / numel <= 1.02 * family.states
+    if numel > 100_000:  # so much that nothing else but the states may be behind the views
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state}
+        assert sum(storages.values()) / numel <= 1.02 * family.states
+
+
+# -- what a step leaves alone -------------------------------------------------------------------
+
+
+@families
+@each_bits
+@both_paths
+def test_a_parameter_without_gradient_is_left_alone_with_its_state_and_step(family, bits, compiled):
+    params = [parameter(5000) for _ in range(4)]
+    optimizer = family.general(params, optim_bits=bits, compile=compiled)
+    reference = family.reference(params, **family.classes[family.general][1])
+    counts = [0] * 4
+    for mask in ([1, 1, 1, 0], [0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 1]):
+        grads = [grad if present else None for grad, present in zip(noise(params), mask)]
+        before = snapshot(optimizer)
+        step(optimizer, params, grads)
+        reference.step(grads)
+        after = snapshot(optimizer)
+        for k, present in enumerate(mask):
+            assert present or not before[k][1] or same(before[k : k + 1], after[k : k + 1])
+            counts[k] += present
+            assert optimizer.state[params[k]].get("step", 0) == counts[k]
+    for param, exact in zip(params, reference.params):
+        torch.testing.assert_close(param.detach(), exact, rtol=0, atol=1e-6 if bits == 32 else 1e-3)
+
+
+@families
+@each_bits
+@both_paths
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_gradient_element_leaves_only_itself_unchanged(family, bits, compiled, bad):
+    param = parameter(5000)
+    clean = nn.Parameter(param.detach().clone())
+    options = dict(optim_bits=bits, compile=compiled)
+    optimizer, other = family.general([param], **options), family.general([clean], **options)
+    hit = torch.zeros(5000, dtype=torch.bool)
+    hit[[0, 300, 301, 4999]] = True
+    start = param.detach().clone()
+    for _ in range(3):
+        (grad,) = noise([param])
+        grad[hit] = bad
+        step(optimizer, [param], [grad])
+        step(other, [clean], [grad.where(~hit, 0.0)])
+    assert torch.equal(param[hit], start[hit])
+    assert torch.equal(param[~hit], clean[~hit])
+    for k in range(1, family.states + 1):
+        state, expected = optimizer.state[param], other.state[clean]
+        assert torch.equal(state[f"state{k}"][~hit], expected[f"state{k}"][~hit])
+        assert bits == 32 or state[f"absmax{k}"].isfinite().all()
+
+
+@families
+@each_bits
+@both_paths
+def test_coordinates_without_gradient_stay_put_for_500_steps(family, bits, compiled):
+    param = parameter(1000)
+    start = param.detach().clone()
+    optimizer = family.general([param], optim_bits=bits, min_8bit_size=0, weight_decay=0.0, compile=compiled)
+    zero = torch.arange(1000) % 3 == 0
+    for _ in range(500):
+        step(optimizer, [param], [torch.randn(1000).where(~zero, 0.0)])
+    assert torch.equal(param[zero], start[zero])
+    assert (param[~zero] != start[~zero]).all()
+
+
+@families
+@each_bits
+@each_dtype
+@both_paths
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["float", "tensor"])
+def test_lr_0_with_zero_gradients_materialises_states_and_changes_nothing(family, bits, dtype, compiled, lr):
+    """What torch.distributed.checkpoint does to an optimizer before it loads."""
+    param = parameter(5000, dtype=dtype)
+    start = param.detach().clone()
+    optimizer = family.general([param], lr=1e-3, optim_bits=bits, compile=compiled)
+    optimizer.param_groups[0]["lr"] = lr
+    step(optimizer, [param], [torch.zeros_like(param)])
+    assert torch.equal(param, start) and optimizer.state[param]["state1"].shape == param.shape
+    assert optimizer.param_groups[0]["lr"] is lr
+    step(optimizer, [param], noise([param]))  # also when there is something to apply
+    assert torch.equal(param, start)
+    optimizer.param_groups[0]["lr"] = 1e-2
+    step(optimizer, [param], noise([param]))
+    assert (param != start).any() and param.isfinite().all()
+
+
+@families
+@both_paths
+@pytest.mark.parametrize("kind", ["sparse", "float64", "complex"])
+def test_a_gradient_that_no_step_can_take_raises_before_anything_changes(family, compiled, kind):
+    params = [parameter(5000), parameter(50, 100)]
+    optimizer = family.general(params, optim_bits=8, compile=compiled)
+    step(optimizer, params, noise(params))
+    before = snapshot(optimizer)
+    grads = noise(params)
+    params[1].grad_dtype = None
+    if kind == "sparse":
+        grads[1] = grads[1].to_sparse()
+    else:
+        grads[1] = grads[1].to(torch.float64 if kind == "float64" else torch.complex64)
+    with pytest.raises(TypeError, match="sparse" if kind == "sparse" else kind):
+        step(optimizer, params, grads)
+    assert same(before, snapshot(optimizer))
+
+
+@families
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int32], ids=short)
+def test_a_parameter_of_a_dtype_that_no_step_can_take_raises(family, dtype):
+    bad = nn.Parameter(torch.zeros(5, dtype=dtype), requires_grad=dtype != torch.int32)
+    with pytest.raises(TypeError, match=short(dtype)):
+        family.general([parameter(5), bad])
+    optimizer = family.general([parameter(5)])
+    with pytest.raises(TypeError, match=short(dtype)):
+        optimizer.add_param_group({"params": [bad]})
+    assert len(optimizer.param_groups) == 1
+    step(optimizer, optimizer.param_groups[0]["params"], [torch.ones(5)])
+
+
+# -- groups and hyperparameters -----------------------------------------------------------------
+
+
+@families
+@each_bits
+@both_paths
+def test_each_group_has_its_own_hyperparameters_and_may_be_added_later(family, bits, compiled):
+    params = [parameter(5000) for _ in range(4)]
+    options = [family.variants[0], family.variants[1], family.variants[-1]]
+    alone = [nn.Parameter(p.detach().clone()) for p in params]
+    hyper = [options[0], options[1], options[0], options[2]]
+    apart = [family.general([p], optim_bits=bits, compile=compiled, **h) for p, h in zip(alone, hyper)]
+    optimizer = family.general(
+        [dict(params=[params[0], params[2]]), dict(params=[params[1]], **options[1]), dict(params=[])],
+        optim_bits=bits,
+        compile=compiled,
+        **options[0],
+    )
+    for k in range(6):
+        if k == 3:
+            optimizer.add_param_group(dict(params=[params[3]], **options[2]))
+            optimizer.add_param_group(dict(params=[]))
+        live = 4 if k >= 3 else 3
+        grads = noise(params)[:live]
+        step(optimizer, params[:live], grads)
+        for one, param, grad in zip(apart, alone, grads):
+            step(one, [param], [grad.clone()])
+    assert all(torch.equal(param, one) for param, one in zip(params, alone))
+
+
+@families
+def test_parameters_may_be_named(family):
+    model = nn.Linear(4, 3)
+    optimizer = family.general(model.named_parameters(), optim_bits=8)
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+    step(optimizer, list(model.parameters()), noise(model.parameters()))
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@families
+@both_paths
+def test_numbers_may_be_tensors_or_strings(family, compiled):
+    hyper = family.variants[1]
+    as_strings = {name: str(value) for name, value in hyper.items()}
+    as_tensor = {**hyper, "lr": torch.tensor(hyper["lr"], dtype=torch.float64)}
+    finals = []
+    for given in (hyper, as_strings, as_tensor):
+        torch.manual_seed(0)
+        param = parameter(5000)
+        optimizer = family.general([param], compile=compiled, **given)
+        for k in range(4):
+            if k == 2 and given is as_tensor:
+                assert optimizer.param_groups[0]["lr"] is given["lr"]
+                given["lr"].fill_(2 * hyper["lr"])
+            elif k == 2:
+                optimizer.param_groups[0]["lr"] = 2 * hyper["lr"]
+            step(optimizer, [param], noise([param]))
+        finals.append(param)
+    assert torch.equal(finals[0], finals[1]) and torch.equal(finals[0], finals[2])
+
+
+@pytest.mark.parametrize(
+    "family,arguments,message",
+    [(family, *invalid) for family in FAMILIES for invalid in family.invalid],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_an_invalid_value_raises_in_the_constructor_and_is_shown(family, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        family.general([parameter(5)], **arguments)
+    if "optim_bits" not in arguments:
+        with pytest.raises(ValueError, match=message):
+            family.general([dict(params=[parameter(5)], **arguments)])
+
+
+@pytest.mark.parametrize(
+    "family,cls,arguments",
+    [(family, cls, arguments) for family, cls in CLASSES for arguments in family.unsupported],
+    ids=lambda value: str(value) if isinstance(value, dict) else getattr(value, "__name__", ""),
+)
+def test_an_argument_that_is_not_implemented_raises(family, cls, arguments):
+    with pytest.raises((ValueError, NotImplementedError, TypeError), match="|".join(arguments)):
+        cls([parameter(5)], **arguments)
+    if not {"amsgrad", "is_paged", "nesterov"} & arguments.keys():
+        args = SimpleNamespace(optim_bits=32, min_8bit_size=4096, max_unorm=0.0, skip_zeros=False)
+        vars(args).update(arguments)
+        with pytest.raises((ValueError, NotImplementedError), match="|".join(arguments)):
+            cls([parameter(5)], args=args)
+
+
+@families
+def test_args_replaces_the_arguments_of_its_name(family):
+    args = SimpleNamespace(optim_bits=8, min_8bit_size=10, max_unorm=0.0, skip_zeros=False)
+    params = [parameter(9), parameter(10)]
+    optimizer = family.general(params, args=args)
+    step(optimizer, params, noise(params))
+    assert [optimizer.state[p]["state1"].dtype for p in params] == [torch.float32, torch.uint8]
+
+
+@classes
+def test_bitsandbytes_constructor_calls_are_accepted(family, cls):
+    """Of its versions to 0.49 and since; past weight_decay by keyword only, as positions have moved."""
+    bits, _ = family.classes[cls]
+    params = [parameter(5)]
+    cls(params, 1e-3, (0.9, 0.99), 1e-8, 0.0)
+    cls(
+        params,
+        amsgrad=False,
+        optim_bits=32,
+        args=None,
+        min_8bit_size=4096,
+        percentile_clipping=100,
+        block_wise=True,
+    )
+    cls(params, is_paged=False, min_8bit_size=1)
+    with pytest.raises(TypeError):
+        cls(params, 1e-3, (0.9, 0.99), 1e-8, 0.0, False)
+    assert issubclass(cls, torch.optim.Optimizer)
+    assert cls(params).param_groups[0]["weight_decay"] == family.classes[cls][1]["weight_decay"]
+    assert cls(params).args.optim_bits == (bits or 32)
+
+
+# -- schedules ----------------------------------------------------------------------------------
+
+
+def lambda_lr(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 / (k + 1))
+
+
+def one_cycle_lr(optimizer):
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=12, cycle_momentum=True)
+
+
+def reduce_lr_on_plateau(optimizer):
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+
+
+@families
+@both_paths
+@pytest.mark.parametrize(
+    "schedule", [lambda_lr, one_cycle_lr, reduce_lr_on_plateau], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("created", ["before the first step", "after the first step"])
+def test_schedules_take_effect_and_lr_stays_a_float(family, compiled, schedule, created):
+    param = parameter(5000)
+    other = nn.Parameter(param.detach().clone())
+    hyper = dict(lr=1e-3, weight_decay=0.1)
+    optimizer = family.general([param], compile=compiled, **hyper)
+    torchs = family.torch_class([other], **hyper)
+    schedules = []
+    for k in range(10):
+        if k == (created == "after the first step"):
+            schedules = [schedule(o) for o in (optimizer, torchs)]
+        grads = noise([param])
+        step(optimizer, [param], grads)
+        step(torchs, [other], grads)
+        for scheduler in schedules:
+            scheduler.step(*[1.0] * (schedule is reduce_lr_on_plateau))
+        for name in ("lr", "betas"):
+            mine, theirs = optimizer.param_groups[0][name], torchs.param_groups[0][name]
+            assert mine == theirs and type(mine) is type(theirs)
+    assert relative_error(param, other) <= 1e-6
+
+
+@families
+@both_paths
+def test_a_scheduler_that_steps_before_the_optimizer_is_warned_about(family, compiled):
+    optimizer = family.general([parameter(5)], compile=compiled)
+    scheduler = lambda_lr(optimizer)
+    with pytest.warns(UserWarning, match="lr_scheduler.step"):
+        scheduler.step()
+
+
+# -- the contract of torch.optim.Optimizer ------------------------------------------------------
+
+
+@families
+@both_paths
+def test_step_evaluates_a_closure_with_gradients_and_returns_its_value(family, compiled):
+    param = parameter(5)
+    optimizer = family.general([param], compile=compiled)
+
+    def closure():
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = (param**2).sum()
+        loss.backward()
+        return loss
+
+    before = (param**2).sum().item()
+    assert optimizer.step(closure).item() == pytest.approx(before)
+    assert optimizer.step(closure=closure).item() < before
+    assert optimizer.step(None) is None
+    assert optimizer.state[param]["step"] == 3
+
+
+@families
+def test_hooks_fire_around_step(family):
+    param, seen = parameter(5), []
+    optimizer = family.general([param])
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append(("before", param.detach().clone())))
+    optimizer.register_step_post_hook(lambda o, args, kwargs: seen.append(("after", param.detach().clone())))
+    step(optimizer, [param], noise([param]))
+    assert [name for name, _ in seen] == ["before", "after"]
+    assert (seen[0][1] != seen[1][1]).any() and torch.equal(seen[1][1], param)
+
+
+@families
+def test_zero_grad_forgets_or_zeroes(family):
+    params = [parameter(5000), parameter(5), parameter(5)]
+    optimizer = family.general(params, optim_bits=8)
+    for param, grad in zip(params[:2], noise(params)):
+        param.grad = grad
+    addresses = [p.grad.data_ptr() for p in params[:2]]
+    optimizer.zero_grad(set_to_none=False)
+    assert [p.grad.data_ptr() for p in params[:2]] == addresses
+    assert not any(p.grad.any() for p in params[:2]) and params[2].grad is None
+    optimizer.step()
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in params)
+
+
+@families
+@each_bits
+@both_paths
+def test_the_default_dtype_changes_no_state(family, bits, compiled):
+    finals = []
+    for default in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        param = parameter(5000)
+        grads = [noise([param]) for _ in range(3)]
+        torch.set_default_dtype(default)
+        try:
+            optimizer = family.general([param], optim_bits=bits, compile=compiled)
+            for grad in grads:
+                step(optimizer, [param], grad)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        finals.append((param, optimizer.state[param]))
+    (param, state), (other, other_state) = finals
+    assert torch.equal(param, other)
+    assert {k: v.dtype for k, v in state.items()} == {k: v.dtype for k, v in other_state.items()}
+
+
+# -- changing structure -------------------------------------------------------------------------
+
+
+@families
+def test_100_optimizers_of_one_parameter_step_as_one_of_100(family):
+    shapes = [(5000,), (64, 64), (7,)] * 33 + [(1,)]
+    params = [parameter(*shape) for shape in shapes]
+    alone = [nn.Parameter(p.detach().clone()) for p in params]
+    together = family.general(params, optim_bits=8)
+    apart = [family.general([p], optim_bits=8) for p in alone]
+    for _ in range(2):
+        grads = noise(params)
+        step(together, params, grads)
+        for optimizer, param, grad in zip(apart, alone, grads):
+            step(optimizer, [param], [grad.clone()])
+    assert all(torch.equal(p, q) for p, q in zip(params, alone))
+
+
+@families
+@each_bits
+@both_paths
+def test_a_replaced_parameter_starts_anew_and_the_others_go_on(family, bits, compiled):
+    params = [parameter(5000) for _ in range(3)]
+    optimizer = family.general(params, optim_bits=bits, compile=compiled)
+    untouched = nn.Parameter(params[0].detach().clone())
+    other = family.general([untouched], optim_bits=bits, compile=compiled)
+    fresh = parameter(6000)
+    copy = nn.Parameter(fresh.detach().clone())
+    fresh_only = family.general([copy], optim_bits=bits, compile=compiled)
+    for k in range(4):
+        if k == 2:
+            params[1] = optimizer.param_groups[0]["params"][1] = fresh
+        grads = noise(params)
+        step(optimizer, params, grads)
+        step(other, [untouched], grads[:1])
+        if k >= 2:
+            step(fresh_only, [copy], [grads[1]])
+    assert torch.equal(params[0], untouched) and torch.equal(fresh, copy)
+    assert [optimizer.state[p]["step"].item() for p in params] == [4, 2, 4]
+
+
+@families
+@each_bits
+@both_paths
+def test_new_parameter_data_and_gradients_are_followed(family, bits, compiled):
+    param = parameter(50, 100)
+    other = nn.Parameter(param.detach().clone())
+    options = dict(optim_bits=bits, compile=compiled)
+    optimizer, plain = family.general([param], **options), family.general([other], **options)
+    keep = []
+    for k in range(4):
+        grads = noise([param])
+        step(plain, [other], grads)
+        keep.append(param.data)  # so that the old address is not used again
+        param.data = param.data.clone() if k != 2 else param.data.t().contiguous().t()
+        step(optimizer, [param], [grads[0].clone()])
+    assert torch.equal(param, other)
+
+
+@families
+@each_bits
+@both_paths
+def test_frozen_then_unfrozen_parameters_go_on_where_they_were(family, bits, compiled):
+    layers = [nn.Linear(70, 70, bias=False) for _ in range(2)]
+    params = [layer.weight for layer in layers]
+    params[1].requires_grad_(False)
+    optimizer = family.general(params, optim_bits=bits, compile=compiled)
+    for k in range(9):
+        params[0].requires_grad_(not 3 <= k < 6)
+        params[1].requires_grad_(k >= 3)
+        before = [p.detach().clone() for p in params]
+        layers[1](layers[0](torch.randn(4, 70))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = [not torch.equal(p, q) for p, q in zip(params, before)]
+        assert moved == [not 3 <= k < 6, k >= 3]
+    assert [optimizer.state[p]["step"].item() for p in params] == [6, 6]
