@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._inductor.utils import fresh_cache
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def fresh_inductor_cache() -> Iterator[None]:
+    """Nothing compiled by an earlier run of the tests is found."""
+    with fresh_cache():
+        yield
+
+
+@pytest.fixture
+def nan_filled_empty() -> Iterator[None]:
+    """`torch.empty` gives NaN, so that an element nobody wrote is noticed.
+
+    For tests of eager code only: under deterministic algorithms Inductor emits other code.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills, as torch.utils.deterministic says by default
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

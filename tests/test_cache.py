@@ -1,0 +1,76 @@
+"""An edited rule or lowering is never served from Inductor's disk cache, an unedited one is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import bnb_compile
+
+PROGRAM = """
+import json, torch
+from torch._dynamo.utils import counters
+from bnb_compile.ops.step import STEP_OPS
+
+op = STEP_OPS["adam", 32]
+
+def arguments():
+    hyper = torch.tensor([[0.5, 0.5, 0.5, 0.0, 1.0]], dtype=torch.float64)
+    return [torch.ones(3)], [torch.full((3,), 2.0)], [torch.zeros(16), torch.zeros(16)], torch.zeros(1), hyper
+
+def step(params, grads, arenas, step, hyper):
+    op.in_place(params, grads, *arenas, step, hyper)
+
+through_inductor, through_launch = arguments(), arguments()
+torch.compile(step, fullgraph=True)(*through_inductor)
+hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+
+from bnb_compile.lowering.cpp.launch import CompiledStep
+
+params, grads, *rest = through_launch
+CompiledStep(op, params, *rest)(grads)
+results = [[round(a[0][0][0].item(), 4), a[3].item()] for a in (through_inductor, through_launch)]
+print(json.dumps(dict(results=results, hits=hits, file=op.rule.update.__code__.co_filename)))
+"""
+
+
+def run(folder: Path) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["file"].startswith(str(folder))
+    return result
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert text.count(old) == 1, f"{file} has changed: edit something else"
+    file.write_text(text.replace(old, new))
+
+
+def test_only_what_was_not_edited_comes_from_the_cache(tmp_path: Path) -> None:
+    package = tmp_path / "bnb_compile"
+    shutil.copytree(Path(bnb_compile.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+
+    run(tmp_path)
+    again = run(tmp_path)
+    assert again["results"] == [[0.0, 1.0]] * 2  # keep 0.5, minus lr 0.5
+    assert again["hits"] >= 1
+
+    edit(package / "rules" / "adam.py", "keep=1 - h.lr", "keep=1 + h.lr")
+    assert run(tmp_path)["results"] == [[1.0, 1.0]] * 2
+
+    edit(package / "lowering" / "cpp" / "step.h", "step[k] += 1.f", "step[k] += 0.f; step[k] += 3.f")
+    results = run(tmp_path)["results"]
+    assert [taken for _, taken in results] == [3.0] * 2
