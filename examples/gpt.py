@@ -18,6 +18,19 @@ class Size(NamedTuple):
     context: int = 256  # tokens that it sees at once
 
 
+def rotary_angles(length: int, width: int, device: torch.device) -> Tensor:
+    """Angles by which the pairs of elements at each place are turned, ``(length, width / 2)``."""
+    frequencies = 10_000.0 ** -torch.linspace(0, 1, width // 2, device=device)
+    return torch.arange(length, device=device)[:, None] * frequencies
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary position embedding (https://arxiv.org/abs/2104.09864): attention sees relative places."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
 class Block(nn.Module):
     """Attention and a two-layer network, each added to what it read."""
 
@@ -36,6 +49,8 @@ class Block(nn.Module):
         batch, length, width = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (batch, heads, length, width / heads) each
+        angles = rotary_angles(length, q.shape[-1], x.device)
+        q, k = rotate(q, angles), rotate(k, angles)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.mix(mixed.transpose(1, 2).reshape(batch, length, width))
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
@@ -47,17 +62,14 @@ class GPT(nn.Module):
     def __init__(self, size: Size) -> None:
         super().__init__()
         self.token = nn.Embedding(VOCABULARY, size.width)
-        self.position = nn.Embedding(size.context, size.width)
         self.blocks = nn.ModuleList(Block(size.width, size.heads) for _ in range(size.layers))
         self.norm = nn.LayerNorm(size.width)
         self.head = nn.Linear(size.width, VOCABULARY, bias=False)
-        for weight in (self.token.weight, self.position.weight):
-            nn.init.normal_(weight, std=0.02)
+        nn.init.normal_(self.token.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Scores of each byte as the next one: ``(batch, length)`` int64 to ``(batch, length, 256)``."""
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.token(tokens) + self.position(places)
+        x = self.token(tokens)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))

@@ -38,7 +38,7 @@ def measure_optimizer(opt: torch.optim.Optimizer, code: Sequence[str]) -> dict[s
     with CountCalls() as count:
         opt.step()
     fused = count.calls[torch.ops.aten._fused_adamw_.default]
-    captured = sum(len(re.findall(r"^ *cpp_adam_step\w*\(", source, re.M)) for source in code)
+    captured = sum(len(re.findall(r"^ *\w*adam_step\w*(?:\.run)?\(", source, re.M)) for source in code)
     times = []
     for _ in range(200):
         start = time.perf_counter()
@@ -87,7 +87,7 @@ def plot(curves: Mapping[str, tuple[Sequence[float], Mapping[int, float]]], path
     ):
         width = max(1, len(losses) // 50)
         means = torch.tensor(losses).unfold(0, width, 1).mean(1)
-        steps = torch.arange(len(means)) + (width + 1) / 2
+        steps = torch.arange(len(means)) + (width - 1) / 2  # steps before each loss
         axes.plot(steps, means, line, color=color, label=f"{title}, training")
         axes.plot(*zip(*validation.items()), marker, color=color, label=f"{title}, validation")
     axes.set(xlabel="step", ylabel="loss, nats per byte")

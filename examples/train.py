@@ -314,6 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 130
     print(table({TITLES[run.name]: run.result for run in runs}))
     plot({TITLES[run.name]: (run.losses, run.validation) for run in runs}, args.out / "loss.png")
+    print("(compiling takes less time where Inductor's cache on disk already has some of the code)")
     print(f"loss curves: {args.out / 'loss.png'}")
     return 0
 
