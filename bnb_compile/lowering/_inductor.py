@@ -3,6 +3,9 @@
 Tried with torch 2.13.0. Each name says what it is used for, so that a move upstream is mended here.
 """
 
+from typing import Any
+
+import torch
 from torch._inductor.codecache import (
     CppPythonBindingsCodeCache as CppPythonBindingsCodeCache,  # compiles a kernel outside a graph
 )
@@ -18,4 +21,12 @@ from torch._inductor.lowering import (
     process_subgraph_nodes as process_subgraph_nodes,  # lowers a traced function in an operator's place
 )
 from torch._inductor.lowering import register_lowering as register_lowering
+from torch._inductor.runtime.hints import (
+    DeviceProperties as DeviceProperties,  # what a Triton kernel is compiled for
+)
 from torch._inductor.virtualized import V as V  # the graph and the wrapper that are being built
+
+
+def constant(data: torch.Tensor, device: torch.device) -> Any:
+    """A tensor that the compiled graph owns, lowered."""
+    return V.graph.add_tensor_constant(data.to(device))

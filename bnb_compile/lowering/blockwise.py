@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..ops.blockwise import (
@@ -21,6 +20,7 @@ from ..ops.blockwise import (
     quantize,
     quantize_op,
 )
+from . import _inductor
 from ._inductor import V, TensorBox, process_subgraph_nodes, register_lowering, select_decomp_table
 
 
@@ -40,8 +40,8 @@ def _inline(function: Callable[..., Any], arguments: dict[Any, Any]) -> Any:
     return process_subgraph_nodes(graph, list(arguments.values()))
 
 
-def _constants(*tables: Tensor) -> dict[Tensor, TensorBox]:
-    return {table: V.graph.add_tensor_constant(table) for table in tables}
+def _dynamic_map(signed: bool) -> DynamicMap:
+    return dynamic_map(signed, torch.device("cpu"))
 
 
 @register_lowering(quantize_op, type_promotion_kind=None)
@@ -51,10 +51,10 @@ def _(x: TensorBox, code: TensorBox | None, block_size: int, signed: bool = True
         return _inline(
             lambda x, code: quantize(x, code, block_size), {node.args[0]: x, node.args[1]: code}
         )
-    tables = dynamic_map(signed, x.get_device())
+    tables, device = _dynamic_map(signed), x.get_device()
     return _inline(
         lambda x, values, outward: quantize(x, DynamicMap(signed, values, outward), block_size),
-        {node.args[0]: x, **_constants(tables.values, tables.outward)},
+        {node.args[0]: x, **{t: _inductor.constant(t, device) for t in (tables.values, tables.outward)}},
     )
 
 
@@ -69,7 +69,8 @@ def _(
 ) -> Any:
     node = V.graph.current_node
     if code is None:
-        table = _constants(dynamic_map(signed, codes.get_device()).values)
+        values = _dynamic_map(signed).values
+        table = {values: _inductor.constant(values, codes.get_device())}
     else:
         table = {node.args[2]: code}
     return _inline(

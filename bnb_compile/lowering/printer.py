@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..rules import Rule
 
 aten = torch.ops.aten
 
@@ -82,6 +85,36 @@ def trace(function: Callable[..., Sequence[torch.Tensor]], count: int, dtype: to
     module = make_fx(lambda *args: tuple(function(*args)), _DECOMPOSITIONS, tracing_mode="fake")(*example)
     module.graph.eliminate_dead_code()
     return module.graph
+
+
+class TracedRule(NamedTuple):
+    """The two functions of a rule as graphs.
+
+    Attributes:
+        scalars: ``(*hyper, step) -> scalars``, float64.
+        update: ``(param, grad, *states, *scalars) -> (param, *states)``, float32.
+        count: Number of scalars.
+    """
+
+    scalars: torch.fx.Graph
+    update: torch.fx.Graph
+    count: int
+
+
+@functools.cache
+def trace_rule(rule: Rule) -> TracedRule:
+    """Trace a rule."""
+    hyper, states = len(rule.hyper._fields), len(rule.states)
+    shared = rule.scalars(rule.hyper(*[torch.zeros(())] * hyper), torch.ones(()))
+    return TracedRule(
+        trace(lambda *a: rule.scalars(rule.hyper(*a[:-1]), a[-1]), hyper + 1, torch.float64),
+        trace(
+            lambda *a: rule.update(*a[: 2 + states], shared._make(a[2 + states :])),
+            2 + states + len(shared),
+            torch.float32,
+        ),
+        len(shared),
+    )
 
 
 def write(graph: torch.fx.Graph, arguments: Sequence[str], dialect: Dialect) -> tuple[list[str], list[str]]:
@@ -212,4 +245,31 @@ C_VECTOR = Dialect(
         "maximum": "at::vec::maximum({}, {})",
         "where": "V::blendv({2}, {1}, {0})",
     },
+)
+
+#: Triton; the kernels define ``div``, ``sqrt`` and FAST.
+TRITON = Dialect(
+    "{name} = {value}",
+    lambda value: "float('inf')" if value == math.inf else f"{float(value)!r}",
+    _ARITHMETIC
+    | _COMPARISONS
+    | {
+        "div": "div({}, {}, FAST)",
+        "neg": "-({})",
+        "abs": "tl.abs({})",
+        "sqrt": "sqrt({}, FAST)",
+        "floor": "tl.floor({})",
+        "sign": "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, 0.0))",
+        "exp": "tl.exp({})",
+        "log": "tl.log({})",
+        "minimum": "tl.minimum({}, {})",
+        "maximum": "tl.maximum({}, {})",
+        "where": "tl.where({}, {}, {})",
+    },
+)
+
+#: Triton in float64, for a rule's scalars; the base of a power is not negative there.
+TRITON_DOUBLE = TRITON._replace(
+    operations=TRITON.operations
+    | {"div": "{} / {}", "sqrt": "tl.sqrt({})", "pow": "tl.exp({1} * tl.log({0}))"}
 )

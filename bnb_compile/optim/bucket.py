@@ -96,7 +96,7 @@ class Bucket:
         for same_dtype in _by_dtype(grads):
             if compiled:
                 if self._compiled is None:
-                    from ..lowering.launch import CompiledStep
+                    from ..lowering.cpp.launch import CompiledStep
 
                     self._compiled = CompiledStep(self.op, self.params, self.arenas, self.step, self.hyper)
                 self._compiled(same_dtype)

@@ -12,7 +12,7 @@ import torch
 from ...ops import codebook
 from ...ops.step import StepOp
 from ...rules import Rule
-from ..printer import C_DOUBLE, C_VECTOR, trace, write
+from ..printer import C_DOUBLE, C_VECTOR, trace, trace_rule, write
 
 TYPES = {
     torch.float32: "float",
@@ -80,18 +80,11 @@ def _map(signed: bool) -> str:
 def print_rule(rule: Rule) -> str:
     """The rule as the struct that step.h is written for."""
     hyper, states = rule.hyper._fields, len(rule.states)
-    graph = trace(lambda *a: rule.scalars(rule.hyper(*a[:-1]), a[-1]), len(hyper) + 1, torch.float64)
-    scalar_lines, scalars = write(graph, [*hyper, "step"], C_DOUBLE)
-
-    fields = rule.scalars(rule.hyper(*[torch.zeros(())] * len(hyper)), torch.ones(()))
-    shared = [f"s[{k}]" for k in range(len(scalars))]
-    graph = trace(
-        lambda *a: rule.update(*a[: 2 + states], fields._make(a[2 + states :])),
-        2 + states + len(scalars),
-        torch.float32,
-    )
-    arguments = ["param", "grad", *(f"state[{k}]" for k in range(states)), *shared]
-    lines, (param, *fresh) = write(graph, arguments, C_VECTOR)
+    traced = trace_rule(rule)
+    scalar_lines, scalars = write(traced.scalars, [*hyper, "step"], C_DOUBLE)
+    arguments = ["param", "grad", *(f"state[{k}]" for k in range(states))]
+    arguments += [f"s[{k}]" for k in range(traced.count)]
+    lines, (param, *fresh) = write(traced.update, arguments, C_VECTOR)
     return "\n".join(
         [
             "struct Rule {",
@@ -130,6 +123,11 @@ def _body(op: StepOp) -> str:
 def arena_types(op: StepOp) -> list[str]:
     """C++ types of the arguments after the parameters: the arenas, step and hyper."""
     return [*(f"{TYPES[dtype]}*" for _, dtype in op.arenas), "float*", "const double*"]
+
+
+def flat_strides(dims: Sequence[tuple[int, int]]) -> list[int]:
+    """Sizes and strides as step.h reads them: their number, the sizes, the strides."""
+    return [len(dims), *(n for n, _ in dims), *(s for _, s in dims)]
 
 
 def kernel(

@@ -1,0 +1,88 @@
+"""The call of a step kernel as a node of Inductor's graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..ops.step import StepOp
+from ._inductor import ExternKernel, MutationOutput, NoneLayout, V
+
+
+class AbstractStepNode(ExternKernel):
+    """One call for all parameters of a bucket.
+
+    Args:
+        op: The step operator.
+        params: The parameters, lowered.
+        grads: Their gradients or None.
+        state: The arenas and `step`, which the kernel updates.
+        written: What else the kernel writes.
+        read: What it reads besides.
+    """
+
+    def __init__(
+        self,
+        op: StepOp,
+        params: Sequence[Any],
+        grads: Sequence[Any],
+        state: Sequence[Any],
+        written: Sequence[Any],
+        read: Sequence[Any],
+    ) -> None:
+        def real(x: Any) -> Any:
+            return self.unwrap_storage_for_input(self.realize_input(x))
+
+        self.op = op
+        self.params = [real(x) for x in params]
+        self.grads = [None if x is None else real(x) for x in grads]
+        self.present = [x for x in self.grads if x is not None]
+        self.state, self.written, self.read = ([real(x) for x in xs] for xs in (state, written, read))
+        self.device = self.params[0].get_device()
+        self.param_dtype = self.params[0].get_dtype()
+        self.grad_dtype = self.present[0].get_dtype() if self.present else self.param_dtype
+        inputs = [*self.params, *self.present, *self.state, *self.written, *self.read]
+        super().__init__(None, NoneLayout(device=self.device), inputs)
+        self.mutation_outputs = [
+            MutationOutput(NoneLayout(device=self.device), x, self) for x in (*params, *state, *written)
+        ]
+        V.graph.register_operation(self)
+
+    def get_outputs(self) -> list[Any]:
+        """What the node writes."""
+        return list(self.mutation_outputs)
+
+    def get_device(self) -> torch.device:
+        """Where the kernel runs."""
+        return self.device
+
+    def codegen(self, wrapper: Any) -> None:
+        """Print the kernel and its call."""
+        raise NotImplementedError
+
+
+def describe_strides(size: Sequence[Any], stride: Sequence[Any]) -> list[tuple[int, int]] | None:
+    """A tensor's dimensions as pairs of size and stride, merged where they can be.
+
+    Returns:
+        list[tuple[int, int]] | None: None for a contiguous tensor.
+    """
+    dims: list[tuple[int, int]] = []
+    for n, s in zip(map(int, size), map(int, stride)):
+        if n == 1:
+            continue
+        if dims and dims[-1][1] == n * s:
+            dims[-1] = (dims[-1][0] * n, s)
+        else:
+            dims.append((n, s))
+    if not dims or (len(dims) == 1 and dims[0][1] == 1) or 0 in map(int, size):
+        return None
+    return dims
+
+
+def static_numel(size: Sequence[Any]) -> int:
+    """Number of elements of a lowered parameter, whose shape is never dynamic."""
+    return math.prod(int(n) for n in size)

@@ -1,0 +1,293 @@
+"""The step as Triton: two kernels for a bucket of any number of parameters.
+
+The first, small, advances `step`, computes the rule's scalars for each parameter in float64, and, in a graph,
+writes the addresses of parameters and gradients into a table. The second does the work: a program finds its
+parameter in the table. Its source and its compile time do not depend on the number of parameters, and an eager
+step and a graph run the same one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from ...ops import codebook
+from ...ops.arena import BLOCK
+from ...ops.step import GRAD_LIMIT, StepOp
+from ..printer import TRITON, TRITON_DOUBLE, trace, trace_rule, write
+
+TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.uint8: "u8",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+_LANGUAGE = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
+
+TILE = 8  # blocks of 256 elements for a program of 4 warps: 16 elements for a thread
+WARPS = 4
+MOST_ADDRESSES = 1500  # arguments of one kernel; CUDA allows 32 KB of them
+PREPARE = 128  # parameters for a program of the first kernel
+
+IMPORTS = """\
+import triton
+import triton.language as tl
+from bnb_compile.lowering.triton.device import div, encode_fast, sqrt
+"""
+
+
+def has_fast_instructions(device: torch.device) -> bool:
+    """Whether a device runs NVIDIA's PTX."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def _function(name: str, arguments: Sequence[str], lines: Sequence[str], results: Sequence[str]) -> str:
+    body = "\n".join(f"    {line}" for line in (*lines, f"return {', '.join(results)}"))
+    return f"@triton.jit\ndef {name}({', '.join(arguments)}):\n{body}\n"
+
+
+@functools.cache
+def print_update(op: StepOp) -> str:
+    """The rule's update as a Triton function."""
+    traced = trace_rule(op.rule)
+    arguments = ["param", "grad", *(s.name for s in op.rule.states)]
+    arguments += [f"s{k}" for k in range(traced.count)]
+    lines, results = write(traced.update, arguments, TRITON)
+    return _function("update", [*arguments, "FAST: tl.constexpr"], lines, results)
+
+
+@functools.cache
+def _print_encode() -> str:
+    """The portable encoder: codebook.closed_form for both maps, and its code as int32."""
+    text = []
+    for signed in (True, False):
+        graph = trace(lambda a, signed=signed: (codebook.closed_form(a, signed),), 1, torch.float32)
+        text.append(_function(f"cell_{signed}", ["a"], *write(graph, ["a"], TRITON)))
+    text.append(
+        """\
+@triton.jit
+def encode(x, SIGNED: tl.constexpr, FAST: tl.constexpr):
+    if FAST:
+        return encode_fast(x, SIGNED)
+    if SIGNED:
+        cell = cell_True(tl.abs(x)).to(tl.int32)
+        # The map has 1.0 but no -1.0: cell 128 of a negative value is code 0.
+        return tl.where(x < 0, tl.maximum(127 - cell, 0), 127 + cell)
+    return cell_False(x).to(tl.int32)
+"""
+    )
+    return "\n".join(text)
+
+
+def _load_state(op: StepOp, k: int) -> str:
+    name = op.rule.states[k].name
+    if op.bits == 32:
+        return f"old_{name} = tl.load({name} + offset + i, inside, 0.0)\n"
+    return f"""\
+code = tl.load({name}_codes + offset + i, inside, {127 if op.rule.states[k].signed else 0}).to(tl.int32)
+value = tl.gather(tl.load({name}_values + tl.arange(0, 256)), tl.reshape(code, [TILE * {BLOCK}]), 0)
+old_{name} = tl.reshape(value, [TILE, {BLOCK}]) * tl.load({name}_absmax + block + b, whole, 0.0)[:, None]
+"""
+
+
+def _store_state(op: StepOp, k: int) -> str:
+    state = op.rule.states[k]
+    name = state.name
+    if op.bits == 32:
+        return f"tl.store({name} + offset + i, {name}, inside)\n"
+    magnitude = f"tl.abs({name})" if state.signed else name
+    return f"""\
+absmax = tl.max({magnitude}, 1)
+absmax = tl.where(absmax < {torch.finfo(torch.float32).tiny!r}, 0.0, absmax)
+tl.store({name}_absmax + block + b, absmax, whole)
+code = encode({name} * tl.where(absmax > 0, 1.0 / absmax, 0.0)[:, None], {state.signed}, FAST)
+tl.store({name}_codes + offset + i, code.to(tl.uint8), inside)
+"""
+
+
+def _indented(text: str) -> str:
+    return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+class Variant(NamedTuple):
+    """What a step kernel is specialised for.
+
+    Attributes:
+        aligned: Whether all tensors are contiguous, begin at multiples of 16 bytes and have multiples of 8
+            elements, so that every access is a vector.
+        dims: Dimensions of the strides table; 0 if all tensors are contiguous.
+        long: Whether a parameter has 2**31 elements or more, so that places need 64 bits.
+        fast: Whether NVIDIA's approximate instructions are used.
+    """
+
+    aligned: bool
+    dims: int
+    long: bool
+    fast: bool
+
+
+def _place(tensor: int, dims: int) -> str:
+    """Statements for the places in memory of a program's elements; tensor 0 is the parameter, 1 its gradient."""
+    if dims == 0:
+        return "place = i"
+    lines = [f"strides_row = strides + (k * 2 + {tensor}) * {2 * dims}", "left = i", "place = tl.zeros_like(i)"]
+    for d in reversed(range(dims)):
+        lines += [
+            f"size = tl.load(strides_row + {d}).to(i.dtype)",
+            f"place += left % size * tl.load(strides_row + {dims + d}).to(i.dtype)",
+            "left = left // size",
+        ]
+    return "\n".join(lines)
+
+
+def step_arguments(op: StepOp, variant: Variant) -> dict[str, torch.dtype]:
+    """Names and dtypes of the step kernel's arguments, all pointers."""
+    arguments = {"addresses": torch.int64, "rows": torch.int64, "owner": torch.int32}
+    if variant.dims:
+        arguments["strides"] = torch.int64
+    arguments.update(op.arenas)
+    if op.bits == 8:
+        arguments.update({f"{state.name}_values": torch.float32 for state in op.rule.states})
+    return {**arguments, "shared": torch.float32}
+
+
+def step_kernel(
+    op: StepOp, name: str, param_dtype: torch.dtype, grad_dtype: torch.dtype, variant: Variant
+) -> str:
+    """Source of the kernel that updates a bucket.
+
+    How it is parallelised: a program takes TILE blocks of 256 elements of one parameter, a warp one or more
+    whole blocks, so that a block's maximum is a reduction inside a warp.
+
+    Its arguments, with n parameters in the bucket:
+
+        addresses  (n, 2) int64, of the parameter and its gradient, which is 0 where there is none
+        rows       (n, 4) int64: elements, first element and first block in the arenas, first program
+        owner      (programs,) int32, the parameter of each program
+        strides    (n, 2, 2, dims) int64: sizes and strides of the parameter and of its gradient
+        arenas, values of the maps, and shared, (n, scalars) float32
+    """
+    states = [state.name for state in op.rule.states]
+    count = trace_rule(op.rule).count
+    shared = "".join(f"s{k} = tl.load(shared + k * {count} + {k})\n" for k in range(count))
+    old = ", ".join(f"old_{s}" for s in states)
+    keep = "".join(f"{s} = tl.where(usable, {s}, old_{s})\n" for s in states)
+    index = "tl.int64" if variant.long else "tl.int32"
+    if variant.aligned:
+        inside = "i // 8 < numel // 8"
+        hint = "param_pointer = tl.multiple_of(param_pointer, 16)\ngrad_pointer = tl.multiple_of(grad_pointer, 16)"
+    else:
+        inside, hint = "i < numel", ""
+    body = f"""\
+pid = tl.program_id(0)
+k = tl.load(owner + pid).to(tl.int64)
+grad_address = tl.load(addresses + 2 * k + 1)
+if grad_address == 0:
+    return
+param_pointer = tl.load(addresses + 2 * k).to(tl.pointer_type({_LANGUAGE[param_dtype]}))
+grad_pointer = grad_address.to(tl.pointer_type({_LANGUAGE[grad_dtype]}))
+{hint}
+numel = tl.load(rows + 4 * k).to({index})
+offset = tl.multiple_of(tl.load(rows + 4 * k + 1), 16)
+block = tl.load(rows + 4 * k + 2)
+b = (pid - tl.load(rows + 4 * k + 3)).to({index}) * TILE + tl.arange(0, TILE)
+i = b[:, None] * {BLOCK} + tl.max_contiguous(tl.arange(0, {BLOCK}), 8)[None, :]
+whole = b * {BLOCK} < numel
+inside = {inside}
+{shared}
+{_place(1, variant.dims)}
+grad = tl.load(grad_pointer + place, inside, 0.0).to(tl.float32)
+{_place(0, variant.dims)}
+old_param = tl.load(param_pointer + place, inside, 0.0).to(tl.float32)
+{"".join(_load_state(op, k) for k in range(len(states)))}
+param, {", ".join(states)} = update(old_param, grad, {old}, {", ".join(f"s{k}" for k in range(count))}, FAST)
+usable = tl.abs(grad) < {GRAD_LIMIT!r}
+param = tl.where(usable, param, old_param)
+{keep}
+tl.store(param_pointer + place, param.to({_LANGUAGE[param_dtype]}), inside)
+{"".join(_store_state(op, k) for k in range(len(states)))}
+"""
+    return "\n".join(
+        [
+            f"TILE = tl.constexpr({TILE})\nFAST = tl.constexpr({variant.fast and op.bits == 8})\n",
+            print_update(op),
+            _print_encode() if op.bits == 8 else "",
+            f"@triton.jit\ndef {name}({', '.join(step_arguments(op, variant))}):\n{_indented(body)}",
+        ]
+    )
+
+
+def prepare_arguments() -> dict[str, torch.dtype]:
+    """Names and dtypes of the last arguments of the prepare kernel, all pointers."""
+    return {
+        "present": torch.int64,
+        "step": torch.float32,
+        "hyper": torch.float64,
+        "shared": torch.float32,
+    }
+
+
+def prepare_kernel(
+    op: StepOp, name: str, tensors: Sequence[tuple[str, int]] = (), present_stride: int = 1
+) -> str:
+    """Source of the kernel that advances `step` and computes the scalars of each parameter.
+
+    A program takes PREPARE of the `count` parameters.
+
+    Args:
+        op: The step operator.
+        name: Of the kernel.
+        tensors: See `addresses_kernel`; those arguments come before the others.
+        present_stride: Distance of the parameters' entries in `present`, which is not 0 where a parameter
+            has a gradient.
+    """
+    hyper = op.rule.hyper._fields
+    traced = trace_rule(op.rule)
+    lines, results = write(traced.scalars, [*hyper, "t"], TRITON_DOUBLE)
+    loads = "".join(
+        f"{field} = tl.load(hyper + k * {len(hyper)} + {j}, there, 0.0)\n" for j, field in enumerate(hyper)
+    )
+    stores = "".join(
+        f"tl.store(shared + k * {traced.count} + {j}, ({value}).to(tl.float32), there)\n"
+        for j, value in enumerate(results)
+    )
+    body = f"""\
+pid = tl.program_id(0)
+{_write_addresses(tensors)}
+k = pid * {PREPARE} + tl.arange(0, {PREPARE})
+there = k < count
+advance = tl.load(present + k * {present_stride}, there, 0) != 0
+steps = tl.load(step + k, there, 0.0) + advance.to(tl.float32)
+tl.store(step + k, steps, there)
+t = tl.maximum(steps, 1.0).to(tl.float64)
+{loads}
+{chr(10).join(lines)}
+{stores}
+"""
+    arguments = [a for a, _ in tensors] + ["addresses"] * bool(tensors) + [*prepare_arguments(), "count"]
+    return f"@triton.jit\ndef {name}({', '.join(arguments)}):\n{_indented(body)}"
+
+
+def addresses_kernel(name: str, tensors: Sequence[tuple[str, int]]) -> str:
+    """Source of a kernel that writes the addresses of its arguments into a table.
+
+    So a graph needs no copy from the host: the addresses are arguments, which it keeps.
+
+    Args:
+        name: Of the kernel.
+        tensors: Each argument, and the entry of `addresses`, the last argument, that it is written to.
+    """
+    arguments = [*(a for a, _ in tensors), "addresses"]
+    body = f"pid = tl.program_id(0)\n{_write_addresses(tensors)}"
+    return f"@triton.jit\ndef {name}({', '.join(arguments)}):\n{_indented(body)}"
+
+
+def _write_addresses(tensors: Sequence[tuple[str, int]]) -> str:
+    stores = "".join(f"    tl.store(addresses + {place}, {a}.to(tl.int64))\n" for a, place in tensors)
+    return f"if pid == 0:\n{stores}" if tensors else ""

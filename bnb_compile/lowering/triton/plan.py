@@ -1,0 +1,78 @@
+"""Which programs of a step kernel update which parameters: the tables that its launches read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...ops.arena import BLOCK, Layout
+from ..node import describe_strides
+from . import TILE, Variant
+
+
+class Launch(NamedTuple):
+    """One launch of a step kernel: its kind, and its tables as CPU tensors."""
+
+    variant: Variant
+    rows: Tensor  # (n, 4) int64
+    owner: Tensor  # (programs,) int32
+    strides: Tensor | None  # (n, 2, 2, dims) int64
+
+
+def plan(
+    places: Layout,
+    sizes: Sequence[Sequence[Any]],
+    strides: Sequence[tuple[Sequence[Any], Sequence[Any]]],
+    aligned: Sequence[bool],
+    included: Sequence[bool],
+    fast: bool,
+) -> list[Launch]:
+    """Launches for a bucket: one, or two if it has tensors whose accesses cannot all be vectors.
+
+    Args:
+        places: The parameters' places in the arenas.
+        sizes: Shape of each parameter.
+        strides: Strides of each parameter and of its gradient.
+        aligned: Whether a parameter and its gradient begin at multiples of 16 bytes.
+        included: Whether a parameter is updated at all.
+        fast: Whether NVIDIA's approximate instructions are used.
+    """
+    described = [
+        tuple(describe_strides(size, stride) for stride in pair) for size, pair in zip(sizes, strides)
+    ]
+    regular = [
+        aligned[k] and slot.numel % 8 == 0 and described[k] == (None, None)
+        for k, slot in enumerate(places.slots)
+    ]
+    launches = []
+    for kind in (True, False):
+        rows, owner = [], []
+        for k, slot in enumerate(places.slots):
+            rows.append((slot.numel, slot.offset, slot.block, len(owner)))
+            if included[k] and regular[k] == kind:
+                owner += [k] * -(-slot.numel // (TILE * BLOCK))
+        if not owner:
+            continue
+        members = set(owner)
+        dims = max((len(d or ()) for k in members for d in described[k]), default=0)
+        variant = Variant(kind, dims, any(places.slots[k].numel >= 2**31 for k in members), fast)
+        table = None
+        if dims:
+            table = torch.tensor(
+                [
+                    [_padded(d or [(max(slot.numel, 1), 1)], dims) for d in pair]
+                    for slot, pair in zip(places.slots, described)
+                ]
+            )
+        launches.append(
+            Launch(variant, torch.tensor(rows), torch.tensor(owner, dtype=torch.int32), table)
+        )
+    return launches
+
+
+def _padded(dims: Sequence[tuple[int, int]], count: int) -> list[list[int]]:
+    filled = [(1, 0)] * (count - len(dims)) + list(dims)[-count:]
+    return [[n for n, _ in filled], [s for _, s in filled]]

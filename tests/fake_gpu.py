@@ -1,0 +1,307 @@
+"""Inductor's GPU code on a machine without a GPU: emit it, run it under Triton's interpreter, assemble it.
+
+`emit` gives the source that Inductor would run for fake "cuda" tensors. `load` imports a kernel of it, which under
+TRITON_INTERPRET=1 runs on CPU tensors. `assemble` compiles a kernel with the ptxas inside the triton wheel and
+counts what came out. Tried with torch 2.13.0 (CPU build) and triton 3.7.1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+# A CPU build of torch has no device guard for CUDA, and even fake operations ask for one.
+_GUARD = r"""
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+struct NoGpuGuard final : public c10::impl::DeviceGuardImplInterface {
+  using D = c10::Device;
+  using S = c10::Stream;
+  static constexpr c10::DeviceType T = c10::DeviceType::CUDA;
+  c10::DeviceType type() const override { return T; }
+  D exchangeDevice(D) const override { return D(T, 0); }
+  D getDevice() const override { return D(T, 0); }
+  void setDevice(D) const override {}
+  void uncheckedSetDevice(D) const noexcept override {}
+  S getStream(D) const noexcept override { return S(S::DEFAULT, D(T, 0)); }
+  S exchangeStream(S s) const noexcept override { return s; }
+  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+};
+C10_REGISTER_GUARD_IMPL(CUDA, NoGpuGuard)
+void loaded() {}
+"""
+
+
+class _Properties:
+    """What Inductor reads of ``torch.cuda.get_device_properties``, for an H200."""
+
+    name, major, minor, gcnArchName = "NVIDIA H200", 9, 0, ""
+    multi_processor_count, max_threads_per_multi_processor, max_threads_per_block = 132, 2048, 1024
+    regs_per_multiprocessor, warp_size, total_memory, L2_cache_size = 65536, 32, 141 << 30, 60 << 20
+    shared_memory_per_block, shared_memory_per_block_optin = 49152, 232448
+    shared_memory_per_multiprocessor = 233472
+
+
+class _Driver:
+    """An active Triton driver for a GPU that is not there."""
+
+    @staticmethod
+    def get_current_target() -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    get_current_device = staticmethod(lambda: 0)
+    get_device_capability = staticmethod(lambda *a: (9, 0))
+    get_active_torch_device = staticmethod(lambda: torch.device("cuda", 0))
+    get_device_interface = staticmethod(lambda: torch.cuda)
+    is_active = staticmethod(lambda: True)
+
+
+@contextlib.contextmanager
+def _pretend_cuda() -> Iterator[None]:
+    import torch._inductor.fx_passes.joint_graph as joint_graph
+    from torch._dynamo.device_interface import CudaInterface
+    from torch.utils.cpp_extension import load_inline
+    from triton.runtime import driver
+
+    if not torch.backends.cuda.is_built():
+        load_inline("no_gpu_guard", [_GUARD], functions=["loaded"])
+        torch._C._cuda_getCurrentRawStream = lambda *a: 0
+
+    def always(value: Any) -> Callable[..., Any]:
+        return lambda *args, **kwargs: value
+
+    cuda = dict(
+        get_device_properties=always(_Properties),
+        get_device_capability=always((9, 0)),
+        current_device=always(0),
+        device_count=always(1),
+        is_available=always(True),
+        synchronize=always(None),
+        is_initialized=always(False),
+        _lazy_init=always(None),
+        _exchange_device=always(0),
+        _maybe_exchange_device=always(0),
+        get_rng_state=lambda *a, **k: torch.zeros(16, dtype=torch.uint8),
+        set_rng_state=always(None),
+    )
+    interface = dict(
+        get_compute_capability=staticmethod(always(90)),
+        is_available=staticmethod(always(True)),
+        current_device=staticmethod(always(0)),
+        get_device_properties=staticmethod(always(_Properties)),
+        is_bf16_supported=staticmethod(always(True)),
+        is_triton_capable=staticmethod(always(True)),
+        raise_if_triton_unavailable=staticmethod(always(None)),
+    )
+    worker = dict(
+        get_device_properties=staticmethod(always(_Properties)), current_device=staticmethod(always(0))
+    )
+    patches = [
+        (torch.version, dict(cuda="13.0")),
+        (torch.cuda, cuda),
+        (joint_graph, dict(lazy_init=always(None))),  # its attention patterns allocate real cuda tensors
+        (CudaInterface, interface),
+        (CudaInterface.Worker, worker),
+    ]
+    active = driver._active if hasattr(driver, "_active") else None
+    driver.set_active(_Driver())
+    with contextlib.ExitStack() as stack:
+        for owner, values in patches:
+            stack.enter_context(mock.patch.multiple(owner, **values))
+        yield
+    driver._active = active
+
+
+class _Stop(Exception):
+    pass
+
+
+#: By name: the tensors that the last emitted source uses as constants.
+constants: dict[str, torch.Tensor] = {}
+
+
+def _fake_constant(data: torch.Tensor, device: torch.device) -> Any:
+    from torch._inductor.virtualized import V
+
+    with V.fake_mode:  # the offset keeps Inductor from taking two constants for one
+        k = len(constants)
+        fake = torch.empty(data.numel() + k, dtype=data.dtype, device=device)[k:].view(data.shape)
+        box = V.graph.add_tensor_constant(fake)
+    constants[box.get_name()] = data
+    return box
+
+
+def emit(
+    function: Callable[..., Any], make_arguments: Callable[[], Any], fast: bool = True, **config: Any
+) -> str:
+    """Source that Inductor would run for ``function(*make_arguments())``.
+
+    Args:
+        function: Updates its arguments, or returns tensors.
+        make_arguments: Creates its tensors on device "cuda:0"; they will be fake.
+        fast: Whether the step kernels may use NVIDIA's instructions, which the interpreter does not know.
+        config: Inductor's configuration.
+    """
+    import torch._inductor.compile_fx as compile_fx
+    from torch._inductor import config as inductor_config
+    from torch._inductor import graph
+
+    import bnb_compile.lowering.triton as triton_lowering
+    from bnb_compile.lowering import _inductor
+
+    sources: list[str] = []
+    constants.clear()
+
+    def keep(self: Any) -> None:
+        wrapper, _ = self.codegen()
+        sources.append(getattr(wrapper, "value", wrapper))
+        raise _Stop
+
+    with _pretend_cuda(), FakeTensorMode(allow_non_fake_inputs=True):
+        flat, spec = torch.utils._pytree.tree_flatten(make_arguments())
+
+        def flat_function(*flat: Any) -> Any:
+            return function(*torch.utils._pytree.tree_unflatten(flat, spec)) or ()
+
+        module = make_fx(flat_function, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
+        with (
+            mock.patch.object(graph.GraphLowering, "compile_to_module", keep),
+            mock.patch.object(_inductor, "constant", _fake_constant),
+            mock.patch.object(triton_lowering, "has_fast_instructions", lambda device: fast),
+            inductor_config.patch(fx_graph_cache=False, **config),
+        ):
+            try:
+                compile_fx.compile_fx(module, flat)(*flat)
+            except Exception:
+                if not sources:
+                    raise
+    return sources[0]
+
+
+def kernels(source: str) -> dict[str, str]:
+    """Every Triton kernel of emitted source by name, without Inductor's heuristics."""
+    found = re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str", source, re.S)
+    heuristics = re.compile(r"@triton_heuristics\.\w+\(.*?\n?\)\n(?=@triton\.jit)", re.S)
+    return {
+        name: heuristics.sub("", body).replace("triton_helpers.set_driver_to_gpu()", "")
+        for name, body in found
+    }
+
+
+def load(source: str, name: str) -> Any:
+    """Import a kernel; Triton reads its source from a file, which stays until the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="kernel_"))
+    (folder / f"{name}.py").write_text(source)
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def interpret(source: str, arguments: Any) -> None:
+    """Run emitted source under Triton's interpreter, in a process of its own.
+
+    Args:
+        source: From `emit`, whose arguments these are; its kernels must be portable (``fast=False``).
+        arguments: As of the emitted function, with CPU tensors; updated in place.
+    """
+    inputs = torch.utils._pytree.tree_leaves(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        job, result = os.path.join(folder, "job.pt"), os.path.join(folder, "result.pt")
+        torch.save((source, inputs, dict(constants)), job)
+        subprocess.run(
+            [sys.executable, __file__, job, result], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True
+        )
+        for x, updated in zip(inputs, torch.load(result)):
+            if x is not None:
+                x.copy_(updated)
+
+
+def _interpret_job(job: str, result: str) -> None:
+    source, inputs, own = torch.load(job)
+    names: dict[str, Any] = {f"arg{k}_1": x for k, x in enumerate(inputs)} | own
+    names |= {"empty_strided_cuda": lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)}
+    names |= {"torch": torch, "raw_stream0": None}
+    for name, text in kernels(source).items():
+        names[name] = _Interpreted(load(text, name))
+    for line in source[source.index("def call(") :].splitlines():
+        if re.match(r"\s+\w+\.run\(|\s+buf\d+ = empty_strided_cuda\(", line):
+            exec(line.strip(), names)
+    torch.save(inputs, result)
+
+
+class _Interpreted:
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def run(self, *args: Any, stream: Any) -> None:
+        self.kernel[args[-3:]](*args[:-3])
+
+
+class Assembly(NamedTuple):
+    """What became of a kernel."""
+
+    instructions: int
+    registers: int
+    stack: int  # bytes, of spills too
+    local: int
+    accesses: set[str]  # ld.global... and st.global... of the PTX
+
+
+def assemble(kernel: Any, signature: dict[str, str], num_warps: int, sm: int) -> Assembly:
+    """Compile a kernel for an NVIDIA GPU, here without one.
+
+    Args:
+        kernel: A ``triton.jit`` function (not under the interpreter).
+        signature: Triton type of each argument; pointers are taken to be multiples of 16.
+        num_warps: Warps of a program.
+        sm: Compute capability times 10, such as 90.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    aligned = {(k,): [["tt.divisibility", 16]] for k in range(len(signature))}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, {}, aligned),
+        target=GPUTarget("cuda", sm, 32),
+        options={"num_warps": num_warps},
+    )
+    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+
+    def tool(*command: str) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            name, *options = command
+            return subprocess.run(
+                [os.path.join(tools, name), *options, file.name], capture_output=True, text=True, check=True
+            ).stdout
+
+    usage = dict(re.findall(r"(\w+):(\d+)", tool("cuobjdump", "-res-usage")))
+    return Assembly(
+        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", tool("nvdisasm", "-c"), re.M)),
+        registers=int(usage["REG"]),
+        stack=int(usage["STACK"]),
+        local=int(usage["LOCAL"]),
+        accesses=set(re.findall(r"(?:ld|st)\.global[.\w:]*", compiled.asm["ptx"])),
+    )
+
+
+if __name__ == "__main__":
+    _interpret_job(*sys.argv[1:])
