@@ -96,12 +96,22 @@ class Bucket:
         for same_dtype in _by_dtype(grads):
             if compiled:
                 if self._compiled is None:
-                    from ..lowering.cpp.launch import CompiledStep
-
-                    self._compiled = CompiledStep(self.op, self.params, self.arenas, self.step, self.hyper)
+                    self._compiled = _compiled_step(self)
                 self._compiled(same_dtype)
             else:
                 self._operator(self.params, same_dtype, *self.arenas, self.step, self.hyper)
+
+
+def _compiled_step(bucket: Bucket) -> Any:
+    """The bucket's kernel; importing it imports Inductor."""
+    arguments = (bucket.op, bucket.params, bucket.arenas, bucket.step, bucket.hyper)
+    if bucket.device.type == "cpu":
+        from ..lowering.cpp.launch import CompiledStep
+
+        return CompiledStep(*arguments)
+    from ..lowering.triton.launch import TritonStep
+
+    return TritonStep(*arguments)
 
 
 def _by_dtype(grads: Sequence[Tensor | None]) -> Iterator[Sequence[Tensor | None]]:

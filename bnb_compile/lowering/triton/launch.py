@@ -1,0 +1,147 @@
+"""The step on a GPU outside a graph: the kernels of graph.py with the addresses in a table on the device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops.arena import layout
+from ...ops.blockwise import dynamic_map
+from ...ops.step import StepOp
+from .. import triton
+from .._inductor import PyCodeCache
+from ..printer import trace_rule
+from .plan import Launch, plan
+
+
+def _load(source: str, name: str) -> Any:
+    return getattr(PyCodeCache.load(triton.IMPORTS + source), name)
+
+
+@functools.cache
+def _step_kernel(
+    op: StepOp, param_dtype: torch.dtype, grad_dtype: torch.dtype, variant: triton.Variant
+) -> Any:
+    return _load(triton.step_kernel(op, "step_kernel", param_dtype, grad_dtype, variant), "step_kernel")
+
+
+@functools.cache
+def _prepare_kernel(op: StepOp) -> Any:
+    return _load(triton.prepare_kernel(op, "prepare_kernel", present_stride=2), "prepare_kernel")
+
+
+@functools.cache
+def _addresses_kernel(count: int, first: int) -> Any:
+    places = [(f"t{k}", first + k) for k in range(count)]
+    return _load(triton.addresses_kernel("addresses_kernel", places), "addresses_kernel")
+
+
+class TritonStep:
+    """The compiled step of one bucket on a GPU.
+
+    Two launches, or three if the bucket has tensors whose accesses cannot all be vectors. Nothing
+    synchronises; while the tensors stay where they are, nothing is copied to the device either.
+
+    Args:
+        op: The step operator that it replaces.
+        params: The bucket's parameters.
+        arenas: Their states.
+        step: ``(n,)`` float32.
+        hyper: ``(n, h)`` float64.
+    """
+
+    def __init__(
+        self, op: StepOp, params: list[Tensor], arenas: list[Tensor], step: Tensor, hyper: Tensor
+    ) -> None:
+        self.op, self.params, self.arenas = op, params, arenas
+        self.step, self.hyper = step, hyper
+        self.device = step.device
+        self.places = layout(param.numel() for param in params)
+        self.addresses = torch.zeros(len(params), 2, dtype=torch.int64, device=self.device)
+        self.shared = torch.empty(len(params), trace_rule(op.rule).count, device=self.device)
+        self.maps = []
+        if op.bits == 8:
+            self.maps = [dynamic_map(kind.signed, self.device).values for kind in op.rule.states]
+        self._uploaded: list[int] = []
+        self._planned: Any = None  # what the launches depend on
+        self._launches: list[tuple[Launch, list[Tensor]]] = []
+
+    def __call__(self, grads: Sequence[Tensor | None]) -> None:
+        """Update the parameters that have a gradient; all gradients have one dtype."""
+        dtypes = {grad.dtype for grad in grads if grad is not None}
+        if not dtypes:
+            return
+        (grad_dtype,) = dtypes
+        self._plan(grads)
+        self._upload(grads)
+        n = len(self.params)
+        _prepare_kernel(self.op)[(-(-n // triton.PREPARE),)](
+            self.addresses[:, 1], self.step, self.hyper, self.shared, n
+        )
+        for launch, tables in self._launches:
+            kernel = _step_kernel(self.op, self.params[0].dtype, grad_dtype, launch.variant)
+            kernel[(len(launch.owner),)](
+                self.addresses, *tables, *self.arenas, *self.maps, self.shared, num_warps=triton.WARPS
+            )
+
+    def _upload(self, grads: Sequence[Tensor | None]) -> None:
+        """Bring the addresses to the device, where they have changed."""
+        addresses = []
+        for param, grad in zip(self.params, grads):
+            # An empty tensor has no address, but it has a gradient.
+            addresses += [param.data_ptr(), 0 if grad is None else grad.data_ptr() or 1]
+        if addresses == self._uploaded:
+            return
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # A graph would copy from host memory that has changed by the time it is replayed.
+            self._write_addresses(grads)
+            self._uploaded = []
+            return
+        host = torch.tensor(addresses, pin_memory=self.device.type == "cuda").view(-1, 2)
+        self.addresses.copy_(host, non_blocking=True)
+        self._uploaded = addresses
+
+    def _write_addresses(self, grads: Sequence[Tensor | None]) -> None:
+        self.addresses.zero_()
+        tensors = [x for pair in zip(self.params, grads) for x in pair]
+        first = 0
+        while first < len(tensors):
+            run = tensors[first : first + triton.MOST_ADDRESSES]
+            if None in run:
+                run = run[: run.index(None)]
+            if run:
+                _addresses_kernel(len(run), first)[(1,)](*run, self.addresses)
+            first += max(len(run), 1)
+
+    def _plan(self, grads: Sequence[Tensor | None]) -> None:
+        pairs = [(p, p if g is None else g) for p, g in zip(self.params, grads)]
+        aligned = [(p.data_ptr() | g.data_ptr()) % 16 == 0 for p, g in pairs]
+        strides = [
+            None if p.is_contiguous() and g.is_contiguous() else (p.stride(), g.stride()) for p, g in pairs
+        ]
+        if (aligned, strides) == self._planned:
+            return
+        self._planned = aligned, strides
+        launches = plan(
+            self.places,
+            [p.shape for p in self.params],
+            [(p.stride(), g.stride()) for p, g in pairs],
+            aligned,
+            [True] * len(pairs),
+            triton.has_fast_instructions(self.device),
+        )
+        self._launches = [
+            (
+                launch,
+                [
+                    table.to(self.device)
+                    for table in (launch.rows, launch.owner, launch.strides)
+                    if table is not None
+                ],
+            )
+            for launch in launches
+        ]
