@@ -91,9 +91,7 @@ def make(
     )
 
 
-def assert_close(
-    op: StepOp, actual: Bucket, expected: Bucket, rate: float = 1e-4, kernel: str = "the kernel"
-) -> None:
+def assert_close(op: StepOp, actual: Bucket, expected: Bucket, rate: float = 1e-4) -> None:
     """Both results of a step are equal except for rounding.
 
     Codes may be one apart where rounding decides, for at most `rate` of them; everything else may differ
@@ -106,7 +104,7 @@ def assert_close(
     for (name, dtype), a, e in zip(op.arenas, actual.arenas, expected.arenas, strict=True):
         if dtype == torch.uint8:
             apart = (a.int() - e.int()).abs()
-            assert apart.numel() == 0 or apart.max() <= 1, f"{name} of {kernel}: {apart.max()} codes apart"
+            assert apart.numel() == 0 or apart.max() <= 1, f"{name}: {apart.max()} codes apart"
             assert apart.sum() <= max(1, rate * apart.numel()), f"{name}: {apart.sum()} codes differ"
         else:
             torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-7)

@@ -9,6 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 import bnb_compile
 
 PROGRAM = """
@@ -59,18 +62,33 @@ def edit(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new))
 
 
-def test_only_what_was_not_edited_comes_from_the_cache(tmp_path: Path) -> None:
-    package = tmp_path / "bnb_compile"
-    shutil.copytree(Path(bnb_compile.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the package."""
+    copy = tmp_path / "bnb_compile"
+    return Path(
+        shutil.copytree(Path(bnb_compile.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    )
 
-    run(tmp_path)
-    again = run(tmp_path)
+
+def test_only_what_was_not_edited_comes_from_the_cache(package: Path) -> None:
+    run(package.parent)
+    again = run(package.parent)
     assert again["results"] == [[0.0, 1.0]] * 2  # keep 0.5, minus lr 0.5
     assert again["hits"] >= 1
 
     edit(package / "rules" / "adam.py", "keep=1 - h.lr", "keep=1 + h.lr")
-    assert run(tmp_path)["results"] == [[1.0, 1.0]] * 2
+    assert run(package.parent)["results"] == [[1.0, 1.0]] * 2
 
-    edit(package / "lowering" / "cpp" / "step.h", "step[k] += 1.f", "step[k] += 0.f; step[k] += 3.f")
-    results = run(tmp_path)["results"]
-    assert [taken for _, taken in results] == [3.0] * 2
+
+def test_every_source_that_a_kernel_is_made_from_is_in_the_cache_key(package: Path) -> None:
+    from bnb_compile.lowering.cache_key import source_hash
+
+    assert f"bnb_compile-{source_hash()[:16]}" in torch.compiler.config.cache_key_tag
+    files = [file for folder in ("rules", "ops", "lowering") for file in (package / folder).rglob("*.*")]
+    assert len(files) > 10
+    found = {source_hash(package)}
+    for file in files:
+        file.write_text(file.read_text() + "\n")
+        found.add(source_hash(package))
+    assert len(found) == 1 + len(files), "an edit left the hash as it was"

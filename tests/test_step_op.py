@@ -84,7 +84,7 @@ def test_one_step_is_adam_in_float64(bits: int, param_dtype: torch.dtype, grad_d
                 )  # moments may cancel
                 continue
             codes, absmax = encode(x, signed=i == 0)
-            torch.testing.assert_close(new.arenas[2 * i + 1][scales].double(), absmax, rtol=1e-6, atol=0)
+            torch.testing.assert_close(new.arenas[2 * i + 1][scales].double(), absmax, rtol=1e-5, atol=1e-9)
             apart = (new.arenas[2 * i][inside].int() - codes.int()).abs()
             assert (apart <= 1).all()
             differ += int(apart.sum())
@@ -214,7 +214,7 @@ def test_the_largest_usable_gradient_is_used(bits: int) -> None:
     old, new = make(op, [(700,)]), make(op, [(700,)])
     new.grads[0].fill_(-GRAD_LIMIT * (1 - 2**-24))
     op.in_place(*new.arguments)
-    assert (new.params[0] > old.params[0] * 0.9).all() and not torch.equal(new.params[0], old.params[0])
+    assert (new.params[0] != old.params[0]).all()
     assert all(arena.isfinite().all() for arena in new.arenas)
 
 
