@@ -235,7 +235,9 @@ def interpret(source: str, arguments: Any) -> None:
 def _interpret_job(job: str, result: str) -> None:
     source, inputs, own = torch.load(job)
     names: dict[str, Any] = {f"arg{k}_1": x for k, x in enumerate(inputs)} | own
-    names |= {"empty_strided_cuda": lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)}
+    names |= {
+        "empty_strided_cuda": lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)
+    }
     names |= {"torch": torch, "raw_stream0": None}
     for name, text in kernels(source).items():
         names[name] = _Interpreted(load(text, name))

@@ -63,8 +63,11 @@ def match_groups(
         parameter of each saved index.
 
     Raises:
-        ValueError: If groups or parameters are not as many as saved.
+        ValueError: If groups or parameters are not as many as saved, or something is missing.
     """
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"no {key!r} in the state dict, only {sorted(state_dict)}")
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(groups):
         raise ValueError(
@@ -82,6 +85,9 @@ def match_groups(
             )
         contents.append({**group, **saved, "params": group["params"]})
         params.update(zip(saved["params"], group["params"]))
+    unknown = [key for key in state_dict["state"] if key not in params]
+    if unknown:
+        raise ValueError(f"the state dict has states of {unknown}, which are in none of its groups")
     return contents, params
 
 
@@ -103,20 +109,20 @@ def read_state(rule: Rule, key: Any, param: Tensor, saved: dict[str, Any]) -> Sa
     flat = {**saved, **saved.get(_NESTED, {})}
     where = f"state of parameter {key}, shape {tuple(param.shape)}"
 
-    def entry(name: str) -> Any:
-        if name not in flat:
-            raise ValueError(f"{where}: no {name!r}, only {sorted(flat)}")
+    def tensor(name: str) -> Tensor:
+        if not isinstance(flat.get(name), Tensor):
+            raise ValueError(f"{where}: {name} must be a tensor, got {flat.get(name)!r}")
         return flat[name]
 
     moments = []
     for i, kind in enumerate(rule.states, 1):
-        values = entry(f"state{i}")
+        values = tensor(f"state{i}")
         if values.shape != param.shape:
             raise ValueError(f"{where}: state{i} ({kind.name}) has shape {tuple(values.shape)}")
         if values.is_floating_point():
             moments.append(SavedMoment(values, values, values))
             continue
-        moment = SavedMoment(values, entry(f"absmax{i}"), entry(f"qmap{i}"))
+        moment = SavedMoment(values, tensor(f"absmax{i}"), tensor(f"qmap{i}"))
         blocks = [-(-values.numel() // size) for size in (BLOCK, _OLD_BLOCK)]
         if values.dtype != torch.uint8 or moment.qmap.numel() != 256 or moment.absmax.numel() not in blocks:
             raise ValueError(
@@ -125,4 +131,7 @@ def read_state(rule: Rule, key: Any, param: Tensor, saved: dict[str, Any]) -> Sa
                 f"or {blocks[1]}, blocks of {_OLD_BLOCK}) and a map of 256"
             )
         moments.append(moment)
-    return SavedState(float(entry("step")), moments)
+    step = flat.get("step")
+    if not isinstance(step, (int, float, Tensor)):
+        raise ValueError(f"{where}: step must be a number, got {step!r}")
+    return SavedState(float(step), moments)

@@ -35,6 +35,12 @@ class ParamGroup(dict):
         super().update(*args, **kwargs)
         self._written()
 
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        """As of a dict."""
+        if key not in self:
+            self[key] = default
+        return self[key]
+
     def __ior__(self, other: Any) -> ParamGroup:  # type: ignore[misc]
         self.update(other)
         return self

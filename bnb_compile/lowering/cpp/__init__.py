@@ -111,7 +111,7 @@ def _body(op: StepOp) -> str:
     maps = ["template <bool SIGNED>", "struct Map;", _map(True), _map(False)]
     return "\n".join(
         [
-            "using V = at::vec::Vectorized<float>;",
+            _text("tensors.h"),
             *maps,
             _text("codebook.h"),
             print_rule(op.rule),
@@ -154,16 +154,41 @@ def kernel(
         storage = f"Blockwise arena{{{{{', '.join(arenas[::2])}}}, {{{', '.join(arenas[1::2])}}}}};"
     else:
         storage = f"Full arena{{{{{', '.join(arenas)}}}}};"
+    return _function(
+        name,
+        _body(op),
+        f"{arguments}, {', '.join(declarations)}",
+        f"""{rows}
+  {storage}
+  update_bucket<{TYPES[param_dtype]}, {TYPES[grad_dtype]}>(rows, count, arena, step, hyper);""",
+    )
+
+
+def norms_kernel(name: str, dtype: torch.dtype, arguments: str, rows: str) -> str:
+    """Source of the kernel of tensor_norms.
+
+    Args:
+        name: As of `kernel`.
+        dtype: Dtype of the tensors.
+        arguments: C++ parameters before the last, ``float* out``.
+        rows: Statements that leave ``const Operand* rows`` and ``int64_t count``.
+    """
+    body = _text("tensors.h") + _text("norms.h")
+    return _function(
+        name, body, f"{arguments}, float* out", f"{rows}\n  norms<{TYPES[dtype]}>(rows, count, out);"
+    )
+
+
+def _function(name: str, parts: str, arguments: str, body: str) -> str:
     return f"""#include <torch/csrc/inductor/cpp_prefix.h>
 #include <tuple>
 #include <utility>
+#include <vector>
 namespace {name}_parts {{
-{_body(op)}
+{parts}
 }}
-extern "C" void {name}({arguments}, {", ".join(declarations)}) {{
+extern "C" void {name}({arguments}) {{
   using namespace {name}_parts;
-  {rows}
-  {storage}
-  update_bucket<{TYPES[param_dtype]}, {TYPES[grad_dtype]}>(rows, count, arena, step, hyper);
+  {body}
 }}
 """

@@ -7,9 +7,6 @@
 //   SLOPE[16], START[16]           decode, by the binade of 2*cell + 1
 //   ABOVE[32], PER_UNIT[32], FIRST[32], LAST[32]   encode, by the binade of the magnitude
 
-constexpr int BLOCK = 256;
-constexpr int LANES = V::size();
-
 template <bool SIGNED>
 struct Codec {
   using M = Map<SIGNED>;
