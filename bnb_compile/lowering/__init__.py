@@ -7,6 +7,7 @@ if __name__ != "bnb_compile.lowering":
     raise ImportError(f"import this package as bnb_compile.lowering, not as {__name__}")
 
 from . import blockwise as blockwise
+from . import norms as norms
 from . import step as step
 from .cache_key import mark_caches
 

@@ -1,4 +1,4 @@
-"""The call of a step kernel as a node of Inductor's graph."""
+"""Calls of our kernels as nodes of Inductor's graph."""
 
 from __future__ import annotations
 
@@ -9,11 +9,43 @@ from typing import Any
 import torch
 
 from ..ops.step import StepOp
-from ._inductor import ExternKernel, MutationOutput, NoneLayout, V
+from ._inductor import ExternKernel, MutationOutput, NoneLayout, V, lowerings
 
 
-class AbstractStepNode(ExternKernel):
-    """One call for all parameters of a bucket.
+class AbstractKernelNode(ExternKernel):
+    """One call that reads and writes many tensors.
+
+    Args:
+        inputs: All that it reads or writes, realised.
+        written: What it writes, lowered.
+    """
+
+    def __init__(self, inputs: Sequence[Any], written: Sequence[Any]) -> None:
+        self.device = inputs[0].get_device()
+        super().__init__(None, NoneLayout(device=self.device), inputs)
+        self.mutation_outputs = [MutationOutput(NoneLayout(device=self.device), x, self) for x in written]
+        V.graph.register_operation(self)
+
+    @classmethod
+    def real(cls, xs: Sequence[Any]) -> list[Any]:
+        """Lowered tensors as buffers; None stays None."""
+        return [None if x is None else cls.unwrap_storage_for_input(cls.realize_input(x)) for x in xs]
+
+    def get_outputs(self) -> list[Any]:
+        """What the node writes."""
+        return list(self.mutation_outputs)
+
+    def get_device(self) -> torch.device:
+        """Where the kernel runs."""
+        return self.device
+
+    def codegen(self, wrapper: Any) -> None:
+        """Print the kernel and its call."""
+        raise NotImplementedError
+
+
+class AbstractStepNode(AbstractKernelNode):
+    """The step for all parameters of a bucket.
 
     Args:
         op: The step operator.
@@ -33,35 +65,14 @@ class AbstractStepNode(ExternKernel):
         written: Sequence[Any],
         read: Sequence[Any],
     ) -> None:
-        def real(x: Any) -> Any:
-            return self.unwrap_storage_for_input(self.realize_input(x))
-
         self.op = op
-        self.params = [real(x) for x in params]
-        self.grads = [None if x is None else real(x) for x in grads]
+        self.params, self.grads = self.real(params), self.real(grads)
         self.present = [x for x in self.grads if x is not None]
-        self.state, self.written, self.read = ([real(x) for x in xs] for xs in (state, written, read))
-        self.device = self.params[0].get_device()
+        self.state, self.written, self.read = self.real(state), self.real(written), self.real(read)
         self.param_dtype = self.params[0].get_dtype()
         self.grad_dtype = self.present[0].get_dtype() if self.present else self.param_dtype
         inputs = [*self.params, *self.present, *self.state, *self.written, *self.read]
-        super().__init__(None, NoneLayout(device=self.device), inputs)
-        self.mutation_outputs = [
-            MutationOutput(NoneLayout(device=self.device), x, self) for x in (*params, *state, *written)
-        ]
-        V.graph.register_operation(self)
-
-    def get_outputs(self) -> list[Any]:
-        """What the node writes."""
-        return list(self.mutation_outputs)
-
-    def get_device(self) -> torch.device:
-        """Where the kernel runs."""
-        return self.device
-
-    def codegen(self, wrapper: Any) -> None:
-        """Print the kernel and its call."""
-        raise NotImplementedError
+        super().__init__(inputs, [*params, *state, *written])
 
 
 def describe_strides(size: Sequence[Any], stride: Sequence[Any]) -> list[tuple[int, int]] | None:
@@ -86,3 +97,8 @@ def describe_strides(size: Sequence[Any], stride: Sequence[Any]) -> list[tuple[i
 def static_numel(size: Sequence[Any]) -> int:
     """Number of elements of a lowered parameter, whose shape is never dynamic."""
     return math.prod(int(n) for n in size)
+
+
+def empty(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
+    """A new tensor, lowered, for a node to write."""
+    return lowerings[torch.ops.aten.empty.memory_format](list(size), dtype=dtype, device=device)

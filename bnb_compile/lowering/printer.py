@@ -23,6 +23,7 @@ _OPERATIONS: dict[Any, str] = {
     aten.div.Tensor: "div",
     aten.neg.default: "neg",
     aten.abs.default: "abs",
+    aten.reciprocal.default: "reciprocal",
     aten.sqrt.default: "sqrt",
     aten.floor.default: "floor",
     aten.sign.default: "sign",
@@ -63,7 +64,7 @@ class Dialect(NamedTuple):
 
 
 def _rsub(a: torch.Tensor, b: Any, alpha: float = 1) -> torch.Tensor:
-    assert alpha == 1
+    a = a if alpha == 1 else a * alpha
     return torch.sub(torch.full_like(a, b) if isinstance(b, (int, float)) else b, a)
 
 
@@ -93,12 +94,12 @@ class TracedRule(NamedTuple):
     Attributes:
         scalars: ``(*hyper, step) -> scalars``, float64.
         update: ``(param, grad, *states, *scalars) -> (param, *states)``, float32.
-        count: Number of scalars.
+        scalar_count: Number of scalars.
     """
 
     scalars: torch.fx.Graph
     update: torch.fx.Graph
-    count: int
+    scalar_count: int
 
 
 @functools.cache
@@ -149,7 +150,7 @@ def write(graph: torch.fx.Graph, arguments: Sequence[str], dialect: Dialect) -> 
             expression[node] = dialect.constant(fill)
         elif node not in product.values():
             name, operands = _OPERATIONS.get(node.target), node.args
-            if name is None or set(node.kwargs) - {"alpha"}:
+            if name is None or node.kwargs:
                 raise NotImplementedError(
                     f"{node.format_node()}: a rule may use {sorted(set(_OPERATIONS.values()))}"
                 )
@@ -202,7 +203,13 @@ _COMPARISONS = {
         (operator.eq, "=="),
     )
 }
-_ARITHMETIC = {"add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}"}
+_ARITHMETIC = {
+    "add": "{} + {}",
+    "sub": "{} - {}",
+    "mul": "{} * {}",
+    "div": "{} / {}",
+    "reciprocal": "1.0 / {}",
+}
 
 #: Double-precision scalars.
 C_DOUBLE = Dialect(
@@ -235,6 +242,7 @@ C_VECTOR = Dialect(
         "fnma": "at::vec::fnmadd({}, {}, {})",
         "neg": "({}).neg()",
         "abs": "({}).abs()",
+        "reciprocal": "({}).reciprocal()",
         "sqrt": "({}).sqrt()",
         "floor": "({}).floor()",
         "sign": "({}).sgn()",

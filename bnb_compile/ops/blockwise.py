@@ -3,7 +3,8 @@
 What non-finite and vanishing values do:
 
 - A block that holds a NaN or an infinity has it as its absmax, the code of zero everywhere, and
-  decodes to NaN everywhere: nothing non-finite turns into a number.
+  decodes to NaN everywhere (to an infinity with a table that has no exact zero): nothing non-finite turns
+  into a number.
 - A block whose largest magnitude is below 2**-126 (the smallest normal float32) counts as zero:
   absmax 0, and it decodes to exactly 0.
 """

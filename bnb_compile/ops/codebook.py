@@ -57,9 +57,8 @@ def create_dynamic_map(
             values += (-middles).tolist()
     if not 0 < total_bits <= 8 or len(values) != 2**total_bits:
         raise ValueError(
-            f"no dynamic map with {signed=}, {max_exponent_bits=}, {total_bits=}: a signed one needs "
-            "max_exponent_bits < total_bits <= 8, an unsigned one max_exponent_bits in "
-            "(total_bits - 1, total_bits)"
+            f"no dynamic map with {signed=}, {max_exponent_bits=}, {total_bits=}: total_bits must be at most "
+            "8, and max_exponent_bits less than it, or for an unsigned map just one less"
         )
     values += [0.0] * (256 - len(values))
     return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")

@@ -118,8 +118,11 @@ def _mistakes(op: StepOp, a: Arguments) -> Iterator[str]:
         ("hyper", torch.float64, (n, len(op.rule.hyper._fields))),
     ]
     for (name, dtype, shape), x in zip(expected, (*a.arenas, a.step, a.hyper)):
-        if x.dtype != dtype or x.shape != shape:
-            yield f"{name} is {x.dtype} {tuple(x.shape)}, must be {dtype} {shape}"
+        if x.dtype != dtype or x.shape != shape or not x.is_contiguous():
+            yield (
+                f"{name} is {x.dtype} {tuple(x.shape)} with strides {x.stride()}, must be {dtype} {shape}, "
+                "contiguous"
+            )
 
 
 def _check(op: StepOp, a: Arguments) -> None:

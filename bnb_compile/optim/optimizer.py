@@ -156,7 +156,7 @@ class AbstractOptimizer(torch.optim.Optimizer):
             if id(param) in self._places:
                 bucket, k = self._places[id(param)]
                 rows[bucket].append(k)
-        row = torch.tensor(numbers, dtype=torch.float64)
+        row = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         for bucket, ks in rows.items():
             # A group's parameters follow one another in a bucket.
             span = slice(ks[0], ks[-1] + 1)
@@ -362,8 +362,11 @@ class AbstractOptimizer(torch.optim.Optimizer):
             self._rebuild()
 
 
-@torch.compiler.assume_constant_result
 def _prepare_while_tracing(optimizer: AbstractOptimizer) -> int:
     # Dynamo calls this for real while it traces, so that the graph finds the arenas in place.
     optimizer._prepare()
     return 0
+
+
+# What torch.compiler.assume_constant_result does, which imports Inductor only to do it.
+_prepare_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]

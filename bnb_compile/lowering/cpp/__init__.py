@@ -83,7 +83,7 @@ def print_rule(rule: Rule) -> str:
     traced = trace_rule(rule)
     scalar_lines, scalars = write(traced.scalars, [*hyper, "step"], C_DOUBLE)
     arguments = ["param", "grad", *(f"state[{k}]" for k in range(states))]
-    arguments += [f"s[{k}]" for k in range(traced.count)]
+    arguments += [f"s[{k}]" for k in range(traced.scalar_count)]
     lines, (param, *fresh) = write(traced.update, arguments, C_VECTOR)
     return "\n".join(
         [

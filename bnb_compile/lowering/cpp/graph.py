@@ -8,7 +8,7 @@ from typing import Any
 from ...ops.arena import layout
 from .. import cpp
 from .._inductor import V
-from ..node import AbstractStepNode, describe_strides, static_numel
+from ..node import AbstractKernelNode, AbstractStepNode, describe_strides, static_numel
 
 
 class CppStepNode(AbstractStepNode):
@@ -22,21 +22,9 @@ class CppStepNode(AbstractStepNode):
             *cpp.arena_types(self.op),
         ]
         name = f"cpp_{self.op.name}_{wrapper.next_kernel_suffix()}"
-        function = name if V.graph.cpp_wrapper else "kernel"
+        function = function_name(name)
         source = cpp.kernel(self.op, function, self.param_dtype, self.grad_dtype, *self._rows(types))
-        if V.graph.cpp_wrapper:
-            for dtype in {x.get_dtype() for x in self.inputs}:
-                wrapper.codegen_dtype(dtype)  # the C++ wrapper declares only dtypes announced to it
-        else:
-            source = f"async_compile.cpp_pybinding({types!r}, r'''{source}''')"
-        wrapper.define_kernel(name, source, None, gpu=False)
-        wrapper.generate_kernel_call(
-            name,
-            [x.codegen_reference() for x in self.inputs],
-            arg_types=types,
-            triton=False,
-            device=self.device,
-        )
+        call_kernel(wrapper, name, source, types, self)
 
     def _rows(self, types: Sequence[str]) -> tuple[str, str]:
         """C++ parameters for the tensors, and the statement that makes rows of them."""
@@ -46,21 +34,80 @@ class CppStepNode(AbstractStepNode):
         names = [f"p{k}" for k in range(len(self.params))]
         names += [f"g{k}" for k, g in enumerate(self.grads) if g is not None]
         for k, (param, grad, slot) in enumerate(zip(self.params, self.grads, slots)):
-            places = []
-            for x in (param, grad):
-                described = None if x is None else describe_strides(x.get_size(), x.get_stride())
-                places.append("nullptr" if described is None else f"strides_{len(strides)}")
-                if described is not None:
-                    numbers = ", ".join(map(str, cpp.flat_strides(described)))
-                    strides.append(f"static const int64_t {places[-1]}[] = {{{numbers}}};")
+            places = ", ".join("nullptr" if x is None else print_strides(x, strides) for x in (param, grad))
             gradient = "nullptr" if grad is None else f"g{k}" if slot.numel else "rows"
-            rows.append(
-                f"{{p{k}, {gradient}, {slot.numel}, {slot.offset}, {slot.block}, {', '.join(places)}}}"
-            )
-        statements = [
+            rows.append(f"{{p{k}, {gradient}, {slot.numel}, {slot.offset}, {slot.block}, {places}}}")
+        arguments = ", ".join(f"{t} {n}" for t, n in zip(types, names))
+        return arguments, print_rows("Parameter", rows, strides)
+
+
+class CppNormsNode(AbstractKernelNode):
+    """The norms of many tensors."""
+
+    def __init__(self, xs: Sequence[Any], out: Any) -> None:
+        self.xs = self.real(xs)
+        super().__init__([*self.xs, *self.real([out])], [out])
+
+    def codegen(self, wrapper: Any) -> None:
+        """Print the kernel and its call."""
+        dtype = self.xs[0].get_dtype()
+        arguments = [f"x{k}" for k in range(len(self.xs))]
+        types = [f"const {cpp.TYPES[dtype]}*"] * len(self.xs)
+        strides: list[str] = []
+        rows = [
+            f"{{{a}, {static_numel(x.get_size())}, {print_strides(x, strides)}}}"
+            for a, x in zip(arguments, self.xs)
+        ]
+        name = f"cpp_tensor_norms_{wrapper.next_kernel_suffix()}"
+        source = cpp.norms_kernel(
+            function_name(name),
+            dtype,
+            ", ".join(f"{t} {a}" for t, a in zip(types, arguments)),
+            print_rows("Operand", rows, strides),
+        )
+        call_kernel(wrapper, name, source, [*types, "float*"], self)
+
+
+def print_strides(x: Any, strides: list[str]) -> str:
+    """Expression of a tensor's strides for step.h; appends their definition to `strides`."""
+    described = describe_strides(x.get_size(), x.get_stride())
+    if described is None:
+        return "nullptr"
+    numbers = ", ".join(map(str, cpp.flat_strides(described)))
+    strides.append(f"static const int64_t strides_{len(strides)}[] = {{{numbers}}};")
+    return f"strides_{len(strides) - 1}"
+
+
+def print_rows(struct: str, rows: Sequence[str], strides: Sequence[str]) -> str:
+    """Statements that define ``rows`` and ``count``."""
+    return "\n  ".join(
+        [
             *strides,
-            f"const Parameter rows[{len(rows)}] = {{{', '.join(rows)}}};",
+            f"const {struct} rows[{len(rows)}] = {{{', '.join(rows)}}};",
             f"const int64_t count = {len(rows)};",
         ]
-        arguments = ", ".join(f"{t} {n}" for t, n in zip(types, names))
-        return arguments, "\n  ".join(statements)
+    )
+
+
+def function_name(name: str) -> str:
+    """Name of the function of a kernel: Inductor's Python bindings expect their own."""
+    return name if V.graph.cpp_wrapper else "kernel"
+
+
+def call_kernel(
+    wrapper: Any, name: str, source: str, types: Sequence[str], node: AbstractKernelNode
+) -> None:
+    """Define a kernel and call it with a node's inputs."""
+    if V.graph.cpp_wrapper:
+        for dtype in {x.get_dtype() for x in node.inputs}:
+            wrapper.codegen_dtype(dtype)  # the C++ wrapper declares only dtypes announced to it
+    else:
+        source = f"async_compile.cpp_pybinding({list(types)!r}, r'''{source}''')"
+    wrapper.define_kernel(name, source, None, gpu=False)
+    wrapper.generate_kernel_call(
+        name,
+        [x.codegen_reference() for x in node.inputs],
+        arg_types=list(types),
+        triton=False,
+        device=node.device,
+    )

@@ -54,7 +54,7 @@ class CompiledStep:
         self.state = (*arenas, step, hyper)
         slots = layout(param.numel() for param in params).slots
         # A row is `struct Parameter` of step.h.
-        self.table = torch.tensor([[0, 0, s.numel, s.offset, s.block, 0, 0] for s in slots])
+        self.table = _integers([[0, 0, s.numel, s.offset, s.block, 0, 0] for s in slots])
         self.pointers = self.table[:, :2]
         self.strides: list[Tensor] = []  # keeps alive what the last two columns point to
 
@@ -74,11 +74,13 @@ class CompiledStep:
                 contiguous = contiguous and param.is_contiguous() and grad.is_contiguous()
         if dtype is None:
             return
-        self.pointers.copy_(torch.tensor(pointers).view(-1, 2))
+        self.pointers.copy_(_integers(pointers).view(-1, 2))
         if not contiguous or self.strides:
             self._describe_strides(grads)
         kernel = compile_kernel(self.op, self.params[0].dtype, dtype)
         kernel(self.table, len(self.params), *self.state)
+        # As after any write in place, so that autograd notices if it still needs the old values.
+        torch.autograd.graph.increment_version(self.params)
 
     def _describe_strides(self, grads: Sequence[Tensor | None]) -> None:
         self.strides = []
@@ -86,6 +88,11 @@ class CompiledStep:
         for tensor in (x for pair in zip(self.params, grads) for x in pair):
             described = None if tensor is None else describe_strides(tensor.shape, tensor.stride())
             if described is not None:
-                self.strides.append(torch.tensor(cpp.flat_strides(described)))
+                self.strides.append(_integers(cpp.flat_strides(described)))
             addresses.append(0 if described is None else self.strides[-1].data_ptr())
-        self.table[:, 5:] = torch.tensor(addresses).view(-1, 2)
+        self.table[:, 5:] = _integers(addresses).view(-1, 2)
+
+
+def _integers(values: list) -> Tensor:
+    """An int64 tensor whose address C++ is given: on the CPU, whatever the default device is."""
+    return torch.tensor(values, dtype=torch.int64, device="cpu")

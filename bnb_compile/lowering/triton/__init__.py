@@ -57,7 +57,7 @@ def print_update(op: StepOp) -> str:
     """The rule's update as a Triton function."""
     traced = trace_rule(op.rule)
     arguments = ["param", "grad", *(s.name for s in op.rule.states)]
-    arguments += [f"s{k}" for k in range(traced.count)]
+    arguments += [f"s{k}" for k in range(traced.scalar_count)]
     lines, results = write(traced.update, arguments, TRITON)
     return _function("update", [*arguments, "FAST: tl.constexpr"], lines, results)
 
@@ -174,7 +174,7 @@ def step_kernel(
         arenas, values of the maps, and shared, (n, scalars) float32
     """
     states = [state.name for state in op.rule.states]
-    count = trace_rule(op.rule).count
+    count = trace_rule(op.rule).scalar_count
     shared = "".join(f"s{k} = tl.load(shared + k * {count} + {k})\n" for k in range(count))
     old = ", ".join(f"old_{s}" for s in states)
     keep = "".join(f"{s} = tl.where(usable, {s}, old_{s})\n" for s in states)
@@ -254,7 +254,7 @@ def prepare_kernel(
         f"{field} = tl.load(hyper + k * {len(hyper)} + {j}, there, 0.0)\n" for j, field in enumerate(hyper)
     )
     stores = "".join(
-        f"tl.store(shared + k * {traced.count} + {j}, ({value}).to(tl.float32), there)\n"
+        f"tl.store(shared + k * {traced.scalar_count} + {j}, ({value}).to(tl.float32), there)\n"
         for j, value in enumerate(results)
     )
     body = f"""\
@@ -291,3 +291,56 @@ def addresses_kernel(name: str, tensors: Sequence[tuple[str, int]]) -> str:
 def _write_addresses(tensors: Sequence[tuple[str, int]]) -> str:
     stores = "".join(f"    tl.store(addresses + {place}, {a}.to(tl.int64))\n" for a, place in tensors)
     return f"if pid == 0:\n{stores}" if tensors else ""
+
+
+SUM_BLOCKS = 32  # of 256 elements, for a program of the first stage of tensor_norms
+
+
+def sums_kernel(name: str, dtype: torch.dtype, variant: Variant, base: int) -> str:
+    """Source of the first stage of tensor_norms: a program sums the squares of SUM_BLOCKS blocks.
+
+    `addresses`, `rows`, `owner` and `strides` are as for a step, a tensor in the place of a parameter; `sums`
+    is float32, and the sum of this launch's first program goes to its entry `base`.
+    """
+    index = "tl.int64" if variant.long else "tl.int32"
+    body = f"""\
+pid = tl.program_id(0)
+k = tl.load(owner + pid).to(tl.int64)
+pointer = tl.load(addresses + 2 * k).to(tl.pointer_type({_LANGUAGE[dtype]}))
+{"pointer = tl.multiple_of(pointer, 16)" if variant.aligned else ""}
+numel = tl.load(rows + 4 * k).to({index})
+first = (pid - tl.load(rows + 4 * k + 3)).to({index}) * {SUM_BLOCKS * BLOCK}
+i = first + tl.max_contiguous(tl.arange(0, {SUM_BLOCKS * BLOCK}), 8)
+inside = {"i // 8 < numel // 8" if variant.aligned else "i < numel"}
+{_place(0, variant.dims)}
+x = tl.load(pointer + place, inside, 0.0).to(tl.float32)
+tl.store(sums + {base} + pid, tl.sum(x * x))
+"""
+    return f"@triton.jit\ndef {name}({', '.join(sums_arguments(variant))}):\n{_indented(body)}"
+
+
+def sums_arguments(variant: Variant) -> dict[str, torch.dtype]:
+    """Names and dtypes of the arguments of `sums_kernel`, all pointers."""
+    arguments = {"addresses": torch.int64, "rows": torch.int64, "owner": torch.int32}
+    if variant.dims:
+        arguments["strides"] = torch.int64
+    return {**arguments, "sums": torch.float32}
+
+
+def norms_kernel(name: str) -> str:
+    """Source of the second stage of tensor_norms: a program adds the sums of one tensor, in their order.
+
+    `spans` is (n, 2) int64: where a tensor's sums begin and end.
+    """
+    body = """\
+k = tl.program_id(0)
+first = tl.load(spans + 2 * k)
+last = tl.load(spans + 2 * k + 1)
+total = tl.zeros([1024], tl.float32)
+lane = tl.arange(0, 1024)
+while first < last:
+    total += tl.load(sums + first + lane, first + lane < last, 0.0)
+    first += 1024
+tl.store(out + k, tl.sqrt_rn(tl.sum(total)))
+"""
+    return f"@triton.jit\ndef {name}(sums, spans, out):\n{_indented(body)}"

@@ -11,8 +11,8 @@ from ...ops.arena import layout
 from ...ops.blockwise import dynamic_map
 from ...ops.step import StepOp
 from .. import _inductor, triton
-from .._inductor import DeviceProperties, V, lowerings
-from ..node import AbstractStepNode, static_numel
+from .._inductor import DeviceProperties, V
+from ..node import AbstractKernelNode, AbstractStepNode, empty, static_numel
 from ..printer import trace_rule
 from .plan import Launch, plan
 
@@ -22,16 +22,12 @@ def lower_triton_step(
     """Lower a step operator: a prepare kernel, and one or two step kernels whatever the number of parameters."""
     device = params[0].get_device()
     present = torch.tensor([int(grad is not None) for grad in grads])
-    count = trace_rule(op.rule).count
-
-    def empty(size: list[int], dtype: torch.dtype) -> Any:
-        return lowerings[torch.ops.aten.empty.memory_format](size, dtype=dtype, device=device)
-
-    written = [empty([len(params), 2], torch.int64), empty([len(params), count], torch.float32)]
+    n, count = len(params), trace_rule(op.rule).scalar_count
+    written = [empty([n, 2], torch.int64, device), empty([n, count], torch.float32, device)]
     launches = _plan(params, grads, device)
     constants = [present]
     for launch in launches:
-        constants += [launch.rows, launch.owner, *([] if launch.strides is None else [launch.strides])]
+        constants += launch.tables
     maps = []
     if op.bits == 8:
         maps = [dynamic_map(kind.signed, torch.device("cpu")).values for kind in op.rule.states]
@@ -39,7 +35,29 @@ def lower_triton_step(
     TritonStepNode(op, params, grads, state, written, read, launches)
 
 
-def _plan(params: Sequence[Any], grads: Sequence[Any], device: torch.device) -> list[Launch]:
+def lower_triton_norms(xs: Sequence[Any], out: Any) -> None:
+    """Lower tensor_norms: the addresses, sums of squares of parts of all tensors, and their norms."""
+    device = xs[0].get_device()
+    launches = _plan(xs, xs, device, triton.SUM_BLOCKS)
+    programs = [launch.owner for launch in launches]
+    # The sums of a tensor, all of one launch, follow one another.
+    counts = torch.zeros(len(xs), dtype=torch.int64, device="cpu")
+    first = torch.zeros(len(xs), dtype=torch.int64, device="cpu")
+    passed = 0
+    for owner in programs:
+        members, sizes = owner.unique_consecutive(return_counts=True)
+        counts[members.long()] = sizes
+        first[members.long()] = passed + sizes.cumsum(0) - sizes
+        passed += len(owner)
+    written = [empty([len(xs), 2], torch.int64, device), empty([max(passed, 1)], torch.float32, device), out]
+    tables = [torch.stack([first, first + counts], 1), *(t for launch in launches for t in launch.tables)]
+    read = [_inductor.constant(t, device) for t in tables]
+    TritonNormsNode(xs, written, read, launches)
+
+
+def _plan(
+    params: Sequence[Any], grads: Sequence[Any], device: torch.device, blocks: int = triton.TILE
+) -> list[Launch]:
     sizes = [p.get_size() for p in params]
     strides = [(p.get_stride(), (p if g is None else g).get_stride()) for p, g in zip(params, grads)]
     return plan(
@@ -49,6 +67,7 @@ def _plan(params: Sequence[Any], grads: Sequence[Any], device: torch.device) -> 
         [_is_aligned(p) and (g is None or _is_aligned(g)) for p, g in zip(params, grads)],
         [g is not None for g in grads],
         triton.has_fast_instructions(device),
+        blocks,
     )
 
 
@@ -76,109 +95,151 @@ class TritonStepNode(AbstractStepNode):
 
         places = [(f"p{k}", 2 * k) for k in range(n)]
         places += [(f"g{k}", 2 * k + 1) for k, grad in enumerate(self.grads) if grad is not None]
-        tensors = [*self.params, *self.present]
-        chunks = [
-            list(zip(places[k:], tensors[k:]))[: triton.MOST_ADDRESSES]
-            for k in range(0, len(tensors), triton.MOST_ADDRESSES)
-        ]
-        for chunk in chunks[1:]:
-            name = f"triton_addresses_{wrapper.next_kernel_suffix()}"
-            self._call(
-                wrapper,
-                name,
-                triton.addresses_kernel(name, [place for place, _ in chunk]),
-                {a: x.get_dtype() for (a, _), x in chunk},
-                {"addresses": torch.int64},
-                [*(x for _, x in chunk), addresses],
-            )
+        operands = list(zip(places, [*self.params, *self.present]))
+        own, later = operands[: triton.MOST_ADDRESSES], operands[triton.MOST_ADDRESSES :]
+        _write_addresses(wrapper, later, addresses)
         name = f"triton_{op.name}_prepare_{wrapper.next_kernel_suffix()}"
-        self._call(
+        _call(
             wrapper,
             name,
-            triton.prepare_kernel(op, name, [place for place, _ in chunks[0]]),
-            {a: x.get_dtype() for (a, _), x in chunks[0]},
+            triton.prepare_kernel(op, name, [place for place, _ in own]),
+            {a: x.get_dtype() for (a, _), x in own},
             {"addresses": torch.int64, **triton.prepare_arguments()},
-            [*(x for _, x in chunks[0]), addresses, present, step, hyper, shared],
+            [*(x for _, x in own), addresses, present, step, hyper, shared],
             programs=-(-n // triton.PREPARE),
             count=n,
         )
         rest = iter(tables)
         for launch in self.launches:
             name = f"triton_{op.name}_{wrapper.next_kernel_suffix()}"
-            own = [next(rest) for _ in range(2 if launch.strides is None else 3)]
-            self._call(
+            tables = [next(rest) for _ in launch.tables]
+            _call(
                 wrapper,
                 name,
                 triton.step_kernel(op, name, self.param_dtype, self.grad_dtype, launch.variant),
                 {},
                 triton.step_arguments(op, launch.variant),
-                [addresses, *own, *arenas, *maps, shared],
+                [addresses, *tables, *arenas, *maps, shared],
                 programs=len(launch.owner),
             )
 
-    def _call(
-        self,
-        wrapper: Any,
-        name: str,
-        kernel: str,
-        tensors: dict[str, torch.dtype],
-        own: dict[str, torch.dtype],
-        inputs: Sequence[Any],
-        programs: int = 1,
-        count: int | None = None,
-    ) -> None:
-        """Define a kernel and call it, as Inductor does for a user's own Triton kernel.
 
-        Args:
-            wrapper: Inductor's.
-            name: Of the kernel.
-            kernel: Its source.
-            tensors: Arguments of which only the address is taken.
-            own: The other arguments, which are allocations and so begin at multiples of 16 bytes.
-            inputs: What is passed for all of them.
-            programs: How many are launched.
-            count: Passed as the last argument, where the kernel has it.
-        """
-        arguments = tensors | own
-        signature = {a: f"*{triton.TYPES[dtype]}" for a, dtype in arguments.items()}
-        numbers = [] if count is None else [count]
-        if numbers:
-            signature["count"] = "i32"
-        triton_meta = dict(
-            signature=signature,
-            device=DeviceProperties.create(self.device),
-            constants={},
-            configs=[{(k,): [["tt.divisibility", 16]] for k in range(len(tensors), len(arguments))}],
+class TritonNormsNode(AbstractKernelNode):
+    """The launches of tensor_norms."""
+
+    def __init__(
+        self, xs: Sequence[Any], written: Sequence[Any], read: Sequence[Any], launches: list[Launch]
+    ) -> None:
+        self.xs, self.written, self.read = self.real(xs), self.real(written), self.real(read)
+        self.launches = launches
+        super().__init__([*self.xs, *self.written, *self.read], written)
+
+    def codegen(self, wrapper: Any) -> None:
+        """Print the kernels and their calls."""
+        addresses, sums, out = self.written
+        spans, *tables = self.read
+        _write_addresses(wrapper, [((f"x{k}", 2 * k), x) for k, x in enumerate(self.xs)], addresses)
+        rest, base = iter(tables), 0
+        for launch in self.launches:
+            name = f"triton_tensor_sums_{wrapper.next_kernel_suffix()}"
+            _call(
+                wrapper,
+                name,
+                triton.sums_kernel(name, self.xs[0].get_dtype(), launch.variant, base),
+                {},
+                triton.sums_arguments(launch.variant),
+                [addresses, *(next(rest) for _ in launch.tables), sums],
+                programs=len(launch.owner),
+            )
+            base += len(launch.owner)
+        name = f"triton_tensor_norms_{wrapper.next_kernel_suffix()}"
+        own = {"sums": torch.float32, "spans": torch.int64, "out": torch.float32}
+        _call(
+            wrapper, name, triton.norms_kernel(name), {}, own, [sums, spans, out], programs=len(self.xs)
         )
-        grid = ["_grid_0", "_grid_1", "_grid_2"]
-        inductor_meta = dict(
-            grid_type="FixedGrid", fixed_grid=grid, extra_launcher_args=grid, kernel_name=name
+
+
+def _write_addresses(wrapper: Any, operands: Sequence[tuple[tuple[str, int], Any]], addresses: Any) -> None:
+    """Call kernels that write the addresses of tensors, given with their argument's name and their entry."""
+    for first in range(0, len(operands), triton.MOST_ADDRESSES):
+        chunk = operands[first : first + triton.MOST_ADDRESSES]
+        name = f"triton_addresses_{wrapper.next_kernel_suffix()}"
+        _call(
+            wrapper,
+            name,
+            triton.addresses_kernel(name, [place for place, _ in chunk]),
+            {a: x.get_dtype() for (a, _), x in chunk},
+            {"addresses": torch.int64},
+            [*(x for _, x in chunk), addresses],
         )
-        source = f"""
+
+
+def _call(
+    wrapper: Any,
+    name: str,
+    kernel: str,
+    tensors: dict[str, torch.dtype],
+    own: dict[str, torch.dtype],
+    inputs: Sequence[Any],
+    programs: int = 1,
+    count: int | None = None,
+) -> None:
+    """Define a kernel and call it, as Inductor does for a user's own Triton kernel.
+
+    Args:
+        wrapper: Inductor's.
+        name: Of the kernel.
+        kernel: Its source.
+        tensors: Arguments of which only the address is taken.
+        own: The other arguments, which are allocations and so begin at multiples of 16 bytes.
+        inputs: What is passed for all of them.
+        programs: How many are launched.
+        count: Passed as the last argument, where the kernel has it.
+    """
+    device = inputs[0].get_device()
+    arguments = tensors | own
+    signature = {a: f"*{triton.TYPES[dtype]}" for a, dtype in arguments.items()}
+    numbers = [] if count is None else [count]
+    if numbers:
+        signature["count"] = "i32"
+    triton_meta = dict(
+        signature=signature,
+        device=DeviceProperties.create(device),
+        constants={},
+        configs=[{(k,): [["tt.divisibility", 16]] for k in range(len(tensors), len(arguments))}],
+    )
+    grid = ["_grid_0", "_grid_1", "_grid_2"]
+    inductor_meta = dict(
+        grid_type="FixedGrid", fixed_grid=grid, extra_launcher_args=grid, kernel_name=name
+    )
+    head = f"@triton.jit\ndef {name}("
+    before, _, after = kernel.partition(head)
+    source = f"""
 {triton.IMPORTS}
 from torch._inductor.runtime import triton_heuristics
 from torch._inductor.runtime.hints import DeviceProperties
 
-{kernel.replace(f"@triton.jit{chr(10)}def {name}(", f"{_decorator(triton_meta, inductor_meta)}@triton.jit{chr(10)}def {name}(")}
+{before}{_decorator(triton_meta, inductor_meta)}{head}{after}
 """
-        wrapper.define_kernel(
-            name,
-            f"async_compile.triton({name!r}, '''{source}''', device_str={self.device.type!r})",
-            None,
-            gpu=True,
-        )
-        launch = [*numbers, programs, 1, 1]
-        wrapper.generate_kernel_call(
-            name,
-            [*(x.codegen_reference() for x in inputs), *launch],
-            arg_types=[*(x.get_dtype() for x in inputs), *[int] * len(launch)],
-            raw_args=[*inputs, *launch],
-            raw_keys=[*signature, "", "", ""],
-            triton_meta=triton_meta,
-            inductor_meta=inductor_meta,
-            triton=True,
-            device=self.device,
-        )
+    wrapper.define_kernel(
+        name,
+        f"async_compile.triton({name!r}, '''{source}''', device_str={device.type!r})",
+        None,
+        gpu=True,
+    )
+    launch = [*numbers, programs, 1, 1]
+    wrapper.generate_kernel_call(
+        name,
+        [*(x.codegen_reference() for x in inputs), *launch],
+        arg_types=[*(x.get_dtype() for x in inputs), *[int] * len(launch)],
+        raw_args=[*inputs, *launch],
+        raw_keys=[*signature, "", "", ""],
+        triton_meta=triton_meta,
+        inductor_meta=inductor_meta,
+        triton=True,
+        device=device,
+    )
+
 
 
 def _decorator(triton_meta: dict[str, Any], inductor_meta: dict[str, Any]) -> str:

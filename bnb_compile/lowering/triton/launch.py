@@ -62,7 +62,9 @@ class TritonStep:
         self.device = step.device
         self.places = layout(param.numel() for param in params)
         self.addresses = torch.zeros(len(params), 2, dtype=torch.int64, device=self.device)
-        self.shared = torch.empty(len(params), trace_rule(op.rule).count, device=self.device)
+        self.shared = torch.empty(
+            len(params), trace_rule(op.rule).scalar_count, dtype=torch.float32, device=self.device
+        )
         self.maps = []
         if op.bits == 8:
             self.maps = [dynamic_map(kind.signed, self.device).values for kind in op.rule.states]
@@ -87,6 +89,7 @@ class TritonStep:
             kernel[(len(launch.owner),)](
                 self.addresses, *tables, *self.arenas, *self.maps, self.shared, num_warps=triton.WARPS
             )
+        torch.autograd.graph.increment_version(self.params)
 
     def _upload(self, grads: Sequence[Tensor | None]) -> None:
         """Bring the addresses to the device, where they have changed."""
@@ -101,7 +104,8 @@ class TritonStep:
             self._write_addresses(grads)
             self._uploaded = []
             return
-        host = torch.tensor(addresses, pin_memory=self.device.type == "cuda").view(-1, 2)
+        pinned = self.device.type == "cuda"
+        host = torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=pinned).view(-1, 2)
         self.addresses.copy_(host, non_blocking=True)
         self._uploaded = addresses
 
@@ -135,13 +139,5 @@ class TritonStep:
             triton.has_fast_instructions(self.device),
         )
         self._launches = [
-            (
-                launch,
-                [
-                    table.to(self.device)
-                    for table in (launch.rows, launch.owner, launch.strides)
-                    if table is not None
-                ],
-            )
-            for launch in launches
+            (launch, [table.to(self.device) for table in launch.tables]) for launch in launches
         ]

@@ -21,6 +21,11 @@ class Launch(NamedTuple):
     owner: Tensor  # (programs,) int32
     strides: Tensor | None  # (n, 2, 2, dims) int64
 
+    @property
+    def tables(self) -> list[Tensor]:
+        """The tables that the kernel takes."""
+        return [table for table in self[1:] if table is not None]
+
 
 def plan(
     places: Layout,
@@ -29,6 +34,7 @@ def plan(
     aligned: Sequence[bool],
     included: Sequence[bool],
     fast: bool,
+    blocks: int = TILE,
 ) -> list[Launch]:
     """Launches for a bucket: one, or two if it has tensors whose accesses cannot all be vectors.
 
@@ -39,6 +45,7 @@ def plan(
         aligned: Whether a parameter and its gradient begin at multiples of 16 bytes.
         included: Whether a parameter is updated at all.
         fast: Whether NVIDIA's approximate instructions are used.
+        blocks: Blocks that a program takes.
     """
     described = [
         tuple(describe_strides(size, stride) for stride in pair) for size, pair in zip(sizes, strides)
@@ -49,11 +56,12 @@ def plan(
     ]
     launches = []
     for kind in (True, False):
-        rows, owner = [], []
+        rows: list[tuple[int, ...]] = []
+        owner: list[int] = []
         for k, slot in enumerate(places.slots):
             rows.append((slot.numel, slot.offset, slot.block, len(owner)))
             if included[k] and regular[k] == kind:
-                owner += [k] * -(-slot.numel // (TILE * BLOCK))
+                owner += [k] * -(-slot.numel // (blocks * BLOCK))
         if not owner:
             continue
         members = set(owner)
@@ -65,10 +73,16 @@ def plan(
                 [
                     [_padded(d or [(max(slot.numel, 1), 1)], dims) for d in pair]
                     for slot, pair in zip(places.slots, described)
-                ]
+                ],
+                device="cpu",
             )
         launches.append(
-            Launch(variant, torch.tensor(rows), torch.tensor(owner, dtype=torch.int32), table)
+            Launch(
+                variant,
+                torch.tensor(rows, dtype=torch.int64, device="cpu"),
+                torch.tensor(owner, dtype=torch.int32, device="cpu"),
+                table,
+            )
         )
     return launches
 
