@@ -117,6 +117,7 @@ def _pretend_cuda() -> Iterator[None]:
         (CudaInterface, interface),
         (CudaInterface.Worker, worker),
     ]
+    _forget_triton()
     active = driver._active if hasattr(driver, "_active") else None
     driver.set_active(_Driver())
     with contextlib.ExitStack() as stack:
@@ -124,6 +125,14 @@ def _pretend_cuda() -> Iterator[None]:
             stack.enter_context(mock.patch.multiple(owner, **values))
         yield
     driver._active = active
+    _forget_triton()
+
+
+def _forget_triton() -> None:
+    """Have torch look again whether Triton works: it remembers the answer."""
+    for function in vars(torch.utils._triton).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 class _Stop(Exception):
