@@ -100,13 +100,13 @@ def _store_state(op: StepOp, k: int) -> str:
     state = op.rule.states[k]
     name = state.name
     if op.bits == 32:
-        return f"tl.store({name} + offset + i, {name}, inside)\n"
-    magnitude = f"tl.abs({name})" if state.signed else name
+        return f"tl.store({name} + offset + i, new_{name}, inside)\n"
+    magnitude = f"tl.abs(new_{name})" if state.signed else f"new_{name}"
     return f"""\
 absmax = tl.max({magnitude}, 1)
 absmax = tl.where(absmax < {torch.finfo(torch.float32).tiny!r}, 0.0, absmax)
 tl.store({name}_absmax + block + b, absmax, whole)
-code = encode({name} * tl.where(absmax > 0, 1.0 / absmax, 0.0)[:, None], {state.signed}, FAST)
+code = encode(new_{name} * tl.where(absmax > 0, 1.0 / absmax, 0.0)[:, None], {state.signed}, FAST)
 tl.store({name}_codes + offset + i, code.to(tl.uint8), inside)
 """
 
@@ -177,7 +177,7 @@ def step_kernel(
     count = trace_rule(op.rule).scalar_count
     shared = "".join(f"s{k} = tl.load(shared + k * {count} + {k})\n" for k in range(count))
     old = ", ".join(f"old_{s}" for s in states)
-    keep = "".join(f"{s} = tl.where(usable, {s}, old_{s})\n" for s in states)
+    keep = "".join(f"new_{s} = tl.where(usable, new_{s}, old_{s})\n" for s in states)
     index = "tl.int64" if variant.long else "tl.int32"
     if variant.aligned:
         inside = "i // 8 < numel // 8"
@@ -206,7 +206,7 @@ grad = tl.load(grad_pointer + place, inside, 0.0).to(tl.float32)
 {_place(0, variant.dims)}
 old_param = tl.load(param_pointer + place, inside, 0.0).to(tl.float32)
 {"".join(_load_state(op, k) for k in range(len(states)))}
-param, {", ".join(states)} = update(old_param, grad, {old}, {", ".join(f"s{k}" for k in range(count))}, FAST)
+param, {", ".join(f"new_{s}" for s in states)} = update(old_param, grad, {old}, {", ".join(f"s{k}" for k in range(count))}, FAST)
 usable = tl.abs(grad) < {GRAD_LIMIT!r}
 param = tl.where(usable, param, old_param)
 {keep}
