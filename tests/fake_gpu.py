@@ -222,12 +222,15 @@ def load(source: str, name: str) -> Any:
     return getattr(module, name)
 
 
-def interpret(source: str, arguments: Any) -> None:
+def interpret(source: str, arguments: Any) -> list[torch.Tensor]:
     """Run emitted source under Triton's interpreter, in a process of its own.
 
     Args:
         source: From `emit`, whose arguments these are; its kernels must be portable (``fast=False``).
         arguments: As of the emitted function, with CPU tensors; updated in place.
+
+    Returns:
+        What the emitted function returns.
     """
     inputs = torch.utils._pytree.tree_leaves(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -236,24 +239,31 @@ def interpret(source: str, arguments: Any) -> None:
         subprocess.run(
             [sys.executable, __file__, job, result], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True
         )
-        for x, updated in zip(inputs, torch.load(result)):
-            if x is not None:
-                x.copy_(updated)
+        updated, returned = torch.load(result)
+    for x, new in zip(inputs, updated):
+        if x is not None and not torch.equal(x, new):  # what overlaps itself cannot be written
+            x.copy_(new)
+    return returned
 
 
 def _interpret_job(job: str, result: str) -> None:
     source, inputs, own = torch.load(job)
     names: dict[str, Any] = {f"arg{k}_1": x for k, x in enumerate(inputs)} | own
     names |= {
-        "empty_strided_cuda": lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)
+        "empty_strided_cuda": lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype),
+        "reinterpret_tensor": torch.ops.inductor._reinterpret_tensor,
+        "torch": torch,
+        "raw_stream0": None,
     }
-    names |= {"torch": torch, "raw_stream0": None}
     for name, text in kernels(source).items():
         names[name] = _Interpreted(load(text, name))
+    returned = "()"
     for line in source[source.index("def call(") :].splitlines():
-        if re.match(r"\s+\w+\.run\(|\s+buf\d+ = empty_strided_cuda\(", line):
+        if re.match(r"\s+\w+\.run\(|\s+buf\d+ = ", line):
             exec(line.strip(), names)
-    torch.save(inputs, result)
+        elif match := re.match(r"\s+return (\(.*\))", line):
+            returned = match[1]
+    torch.save((inputs, list(eval(returned, names))), result)
 
 
 class _Interpreted:
