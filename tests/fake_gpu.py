@@ -1,8 +1,8 @@
 """Inductor's GPU code on a machine without a GPU: emit it, run it under Triton's interpreter, assemble it.
 
-`emit` gives the source that Inductor would run for fake "cuda" tensors. `load` imports a kernel of it, which under
-TRITON_INTERPRET=1 runs on CPU tensors. `assemble` compiles a kernel with the ptxas inside the triton wheel and
-counts what came out. Tried with torch 2.13.0 (CPU build) and triton 3.7.1.
+`emit` gives the source that Inductor would run for fake "cuda" tensors. `load` imports a kernel of it, which
+under TRITON_INTERPRET=1 runs on CPU tensors. `assemble` compiles a kernel with the ptxas of the triton wheel
+and counts what came out. Tried with torch 2.13.0 (CPU build) and triton 3.7.1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -180,7 +181,13 @@ def emit(
         sources.append(getattr(wrapper, "value", wrapper))
         raise _Stop
 
-    with _pretend_cuda(), FakeTensorMode(allow_non_fake_inputs=True):
+    with (
+        _pretend_cuda(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        warnings.catch_warnings(),
+    ):
+        # Inductor asks constants for their addresses.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         flat, spec = torch.utils._pytree.tree_flatten(make_arguments())
 
         def flat_function(*flat: Any) -> Any:
@@ -256,7 +263,8 @@ def _interpret_job(job: str, result: str) -> None:
         "raw_stream0": None,
     }
     for name, text in kernels(source).items():
-        names[name] = _Interpreted(load(text, name))
+        # The interpreter has no libdevice.
+        names[name] = _Interpreted(load(text.replace("libdevice.floor(", "tl.floor("), name))
     returned = "()"
     for line in source[source.index("def call(") :].splitlines():
         if re.match(r"\s+\w+\.run\(|\s+buf\d+ = ", line):
@@ -267,11 +275,18 @@ def _interpret_job(job: str, result: str) -> None:
 
 
 class _Interpreted:
+    """A kernel as the emitted source calls it."""
+
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
 
     def run(self, *args: Any, stream: Any) -> None:
-        self.kernel[args[-3:]](*args[:-3])
+        names = self.kernel.arg_names
+        if "XBLOCK" not in names:  # ours: the grid comes last
+            self.kernel[args[-3:]](*args[:-3])
+            return
+        block = 8 if "r0_numel" in names else 1024
+        self.kernel[(-(-args[names.index("xnumel")] // block),)](*args, XBLOCK=block)
 
 
 class Assembly(NamedTuple):
@@ -284,7 +299,20 @@ class Assembly(NamedTuple):
     accesses: set[str]  # ld.global... and st.global... of the PTX
 
 
-def assemble(kernel: Any, signature: dict[str, str], num_warps: int, sm: int) -> Assembly:
+def nvidia_tool(name: str, *arguments: str, **options: Any) -> str:
+    """Output of a tool inside the triton wheel."""
+    import triton
+
+    path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True, **options).stdout
+
+
+def count_instructions(listing: str) -> int:
+    """Machine instructions in what nvdisasm prints."""
+    return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", listing, re.M))
+
+
+def assemble(kernel: Any, signature: dict[str, str], num_warps: int, sm: int, **constants: int) -> Assembly:
     """Compile a kernel for an NVIDIA GPU, here without one.
 
     Args:
@@ -292,31 +320,28 @@ def assemble(kernel: Any, signature: dict[str, str], num_warps: int, sm: int) ->
         signature: Triton type of each argument; pointers are taken to be multiples of 16.
         num_warps: Warps of a program.
         sm: Compute capability times 10, such as 90.
+        constants: Values of the arguments whose type is "constexpr".
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    aligned = {(k,): [["tt.divisibility", 16]] for k in range(len(signature))}
+    names = list(signature)
+    aligned = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if name not in constants}
     compiled = triton.compile(
-        ASTSource(kernel, signature, {}, aligned),
+        ASTSource(
+            kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned
+        ),
         target=GPUTarget("cuda", sm, 32),
         options={"num_warps": num_warps},
     )
-    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-
-    def tool(*command: str) -> str:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            name, *options = command
-            return subprocess.run(
-                [os.path.join(tools, name), *options, file.name], capture_output=True, text=True, check=True
-            ).stdout
-
-    usage = dict(re.findall(r"(\w+):(\d+)", tool("cuobjdump", "-res-usage")))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = dict(re.findall(r"(\w+):(\d+)", nvidia_tool("cuobjdump", "-res-usage", file.name)))
+        listing = nvidia_tool("nvdisasm", "-c", file.name)
     return Assembly(
-        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", tool("nvdisasm", "-c"), re.M)),
+        instructions=count_instructions(listing),
         registers=int(usage["REG"]),
         stack=int(usage["STACK"]),
         local=int(usage["LOCAL"]),

@@ -32,10 +32,11 @@ def _inline(function: Callable[..., Any], arguments: dict[Any, Any]) -> Any:
         arguments: Each argument as the traced graph knows it (a node, or a real tensor that becomes a
             constant), with what it was lowered to.
     """
-    examples = [
-        a.meta["val"] if isinstance(a, torch.fx.Node) else V.fake_mode.from_tensor(a) for a in arguments
-    ]
     with V.fake_mode:
+        examples = [
+            a.meta["val"] if isinstance(a, torch.fx.Node) else torch.empty_like(a, device=x.get_device())
+            for a, x in arguments.items()
+        ]
         graph = make_fx(function, select_decomp_table(), _allow_non_fake_inputs=True)(*examples)
     return process_subgraph_nodes(graph, list(arguments.values()))
 

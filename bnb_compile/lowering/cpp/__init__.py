@@ -44,19 +44,17 @@ def _register_tables(signed: bool) -> dict[str, list[float]]:
         start[binade] = -(decade.start + ahead) / decade.slope
     start[one.last.bit_length() - 1 if signed else 8] = 1.0
 
-    above, per_unit, first, last = [], [], [], []
+    above, per_unit, first = [], [], []
     for index in range(32):  # the low 5 bits of the exponents of 2**-31 ... 2**0
         low = 2.0 ** (index - 31)
-        reached = [s for s in segments if s.above < low]
+        segment = [s for s in segments if s.above < low][-1]
         within = [s.above for s in segments if low <= s.above < 2 * low]
         assert len(within) <= 1
         above.append(within[0] if within else torch.finfo(torch.float32).max)
-        per_unit.append(reached[-1].slope)
-        first.append(reached[-1].start)
-        last.append(float(reached[-1].last))
-    return dict(
-        SLOPE=slope, START=start, ABOVE=above, PER_UNIT=per_unit, FIRST=first, LAST=last
-    )
+        per_unit.append(segment.slope)
+        # Cell 0 where the end is 9/4 of this less 1/2; see codebook.h.
+        first.append(0.25 if segment is zero else segment.start)
+    return dict(SLOPE=slope, START=start, ABOVE=above, PER_UNIT=per_unit, FIRST=first)
 
 
 def _map(signed: bool) -> str:

@@ -5,7 +5,7 @@
 //   cell(a)                        codebook.closed_form: the number of a magnitude's cell
 // and for AVX-512 the same map as tables that fit into registers, indexed by exponent bits:
 //   SLOPE[16], START[16]           decode, by the binade of 2*cell + 1
-//   ABOVE[32], PER_UNIT[32], FIRST[32], LAST[32]   encode, by the binade of the magnitude
+//   ABOVE[32], PER_UNIT[32], FIRST[32]   encode, by the binade of the magnitude
 
 template <bool SIGNED>
 struct Codec {
@@ -36,43 +36,54 @@ struct Codec {
   // The tables of a binade hold the segment at its lower end; above the one threshold that it may
   // contain, the segment is that of the next binade.
   struct Encoder {
-    __m512 above[2], per_unit[2], first[2], last[2];
+    __m512 above[2], per_unit[2], first[2];
     static inline void load(__m512* half, const float* table) {
       half[0] = _mm512_loadu_ps(table);
       half[1] = _mm512_loadu_ps(table + 16);
     }
     Encoder() {
-      load(above, M::ABOVE), load(per_unit, M::PER_UNIT), load(first, M::FIRST), load(last, M::LAST);
+      load(above, M::ABOVE), load(per_unit, M::PER_UNIT), load(first, M::FIRST);
     }
     static inline __m512 look_up(const __m512* half, __m512i index) {
       return _mm512_permutex2var_ps(half[0], index, half[1]);
     }
+    // The cell, with the sign of x.
     inline __m512i operator()(__m512 x) const {
       // 2^-30 is far below the first threshold and still in the tables.
-      const __m512 a = _mm512_max_ps(SIGNED ? _mm512_abs_ps(x) : x, _mm512_set1_ps(0x1p-30f));
+      const __m512 tiny = _mm512_set1_ps(0x1p-30f);
+      constexpr int LARGER_MAGNITUDE = 0b1011;
+      const __m512 a =
+          SIGNED ? _mm512_range_ps(x, tiny, LARGER_MAGNITUDE) : _mm512_max_ps(x, tiny);
       __m512i binade = _mm512_srli_epi32(_mm512_castps_si512(a), 23);
       const __mmask16 over = _mm512_cmp_ps_mask(a, look_up(above, binade), _CMP_GT_OQ);
       binade = _mm512_mask_add_epi32(binade, over, binade, _mm512_set1_epi32(1));
-      const __m512 position = _mm512_fmadd_ps(a, look_up(per_unit, binade), look_up(first, binade));
-      const __m512i cell = _mm512_cvttps_epi32(_mm512_min_ps(position, look_up(last, binade)));
-      if constexpr (!SIGNED) return cell;
-      const __m512i zero = _mm512_set1_epi32(127);
-      return _mm512_mask_sub_epi32(
-          _mm512_add_epi32(zero, cell), _mm512_movepi32_mask(_mm512_castps_si512(x)), zero, cell);
+      const __m512 start = look_up(first, binade);
+      const __m512 position = _mm512_fmadd_ps(a, look_up(per_unit, binade), start);
+      // A decade's last cell is 9/4 start - 1 (+ 5/4 in the unsigned map); the half is for rounding.
+      const __m512 end = _mm512_fmadd_ps(
+          start, _mm512_set1_ps(2.25f), _mm512_set1_ps(SIGNED ? -0.5f : 0.75f));
+      __m512 cell = _mm512_min_ps(position, end);
+      if constexpr (SIGNED) {
+        const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.f));
+        cell = _mm512_or_ps(cell, sign);
+      }
+      return _mm512_cvttps_epi32(cell);
     }
   };
 
   static inline void encode(const float* values, float inverse, uint8_t* codes) {
     const Encoder encoder;
     const __m512 scale = _mm512_set1_ps(inverse);
+    const __m512i zero = _mm512_set1_epi16(ZERO);
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     for (int i = 0; i < BLOCK; i += 64) {
-      __m512i code[4];
+      __m512i cell[4];
       for (int k = 0; k < 4; k++)
-        code[k] = encoder(_mm512_mul_ps(_mm512_load_ps(values + i + 16 * k), scale));
-      // Saturating, so that cell 128 of a negative value is code 0: the map has 1.0 but no -1.0.
-      const __m512i packed = _mm512_packus_epi16(
-          _mm512_packs_epi32(code[0], code[1]), _mm512_packs_epi32(code[2], code[3]));
+        cell[k] = encoder(_mm512_mul_ps(_mm512_load_ps(values + i + 16 * k), scale));
+      // Saturating, so that cell -128 is code 0: the map has 1.0 but no -1.0.
+      const __m512i low = _mm512_add_epi16(_mm512_packs_epi32(cell[0], cell[1]), zero);
+      const __m512i high = _mm512_add_epi16(_mm512_packs_epi32(cell[2], cell[3]), zero);
+      const __m512i packed = _mm512_packus_epi16(low, high);
       _mm512_storeu_si512(codes + i, _mm512_permutexvar_epi32(order, packed));
     }
   }
