@@ -201,7 +201,7 @@ def test_an_eager_step_between_replays_leaves_the_graph_alone(optimizer: type) -
 @OPTIMIZERS
 @torch._dynamo.config.patch(trace_autograd_ops=True)
 def test_a_compiled_train_step_equals_the_reference(optimizer: type) -> None:
-    """In one graph, within the rounding of bfloat16 in the model's other kernels, which makes 0.05 on a CPU."""
+    """In one graph, but for the rounding of bfloat16 in the model's own kernels: 0.05 on a CPU."""
     torch._dynamo.reset()
     compiled, reference = Training(optimizer), Training(optimizer, compile=False)
 
