@@ -3,9 +3,9 @@
     make bench                        or, with the peers installed,
     python benchmarks/step.py         --only ours,fused  --rounds 21  --device cpu
 
-The optimizers take turns, so that a busy moment of the machine hits all of them; the table has medians and
-what each is relative to ``torch.optim.AdamW(fused=True)``. A second table has the cold and warm first step and
-what a step allocates beyond what it keeps, each in a process of its own.
+The optimizers take turns, so that a busy moment of the machine hits all of them; the table has medians, and
+their ratios to ``torch.optim.AdamW(fused=True)``. A second table has the cold and warm first step and what a
+step allocates beyond what it keeps, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -128,7 +128,9 @@ def extra_peak(step, device: str) -> float:
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as prof:
+    with torch.profiler.profile(
+        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
+    ) as prof:
         step()
     held = peak = 0
     for event in prof.profiler.kineto_results.events():
@@ -139,7 +141,9 @@ def extra_peak(step, device: str) -> float:
 
 
 def first_steps(names: list[str], device: str) -> None:
-    print(f"\n{'first step: cold s / warm s / MB allocated in a step':56}" + "".join(f"{n:>24}" for n in names))
+    print(
+        f"\n{'first step: cold s / warm s / MB allocated in a step':56}" + "".join(f"{n:>24}" for n in names)
+    )
     for label in COLD:
         cells = []
         for name in names:
@@ -147,7 +151,9 @@ def first_steps(names: list[str], device: str) -> None:
                 env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
                 command = [sys.executable, __file__, "--first-step", name, label, "--device", device]
                 runs = [
-                    json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
+                    json.loads(
+                        subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+                    )
                     for _ in range(2)
                 ]
             cold, warm = (run["seconds"] for run in runs)

@@ -203,9 +203,19 @@ def _run_scenarios(result: str) -> None:
             op.in_place(*expected.arguments)
             launch(bucket.grads)
             compared.append((copy(bucket), expected))
+            check_written_addresses(launch)
 
         scenario(bucket, step)
     torch.save({n: [(tuple(a), tuple(e)) for a, e in compared] for n, compared in pairs.items()}, result)
+
+
+def check_written_addresses(launch: Any) -> None:
+    """What a CUDA graph captures in place of a copy from the host leaves the same table."""
+    uploaded = launch.addresses.clone()
+    launch.addresses.zero_()
+    launch._write(launch._uploaded)
+    of_empty = launch.addresses == triton_lowering.NO_NUMBER - 1
+    assert torch.equal(torch.where(of_empty, 1, launch.addresses), uploaded)
 
 
 @pytest.fixture(scope="module")
@@ -473,7 +483,6 @@ def log_uniform(signed: bool) -> Tensor:
     return x * torch.randn(RANDOM).sign() if signed else x
 
 
-@pytest.mark.xfail(strict=True, reason="MAGIC + 6.5 is no float32: decades are cut at the root of ten")
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_fast_encoder_is_at_most_one_code_off(signed: bool) -> None:
     """Whatever the errors of the approximate instructions, within their documented bounds.

@@ -288,6 +288,27 @@ def addresses_kernel(name: str, tensors: Sequence[tuple[str, int]]) -> str:
     return f"@triton.jit\ndef {name}({', '.join(arguments)}):\n{_indented(body)}"
 
 
+NUMBERS = 256  # arguments of number_kernel
+NO_NUMBER = 2**62  # in the place of 0, which would be passed as 32 bits and so need another kernel
+
+
+def numbers_kernel(name: str) -> str:
+    """Source of a kernel that writes its first NUMBERS arguments into `addresses`, `count` of them from `first`.
+
+    They are numbers, and nothing is compiled for their values, so that one kernel serves any tensors.
+    """
+    numbers = [f"n{k}" for k in range(NUMBERS)]
+    stores = "\n".join(
+        f"if {k} < count:\n    tl.store(addresses + first + {k}, tl.where({n} == {NO_NUMBER}, 0, {n}))"
+        for k, n in enumerate(numbers)
+    )
+    arguments = [*numbers, "addresses", "first", "count"]
+    return (
+        f"@triton.jit(do_not_specialize={[*numbers, 'first', 'count']!r})\n"
+        f"def {name}({', '.join(arguments)}):\n{_indented(stores)}"
+    )
+
+
 def _write_addresses(tensors: Sequence[tuple[str, int]]) -> str:
     stores = "".join(f"    tl.store(addresses + {place}, {a}.to(tl.int64))\n" for a, place in tensors)
     return f"if pid == 0:\n{stores}" if tensors else ""

@@ -32,6 +32,13 @@ def _add_down(x, y):
 
 
 @triton.jit
+def _fma_down(x, y, z):
+    return tl.inline_asm_elementwise(
+        "fma.rm.ftz.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, y, z], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def sqrt(x, FAST: tl.constexpr):
     if FAST:
         root = tl.inline_asm_elementwise(
@@ -64,7 +71,7 @@ def encode_fast(x, SIGNED: tl.constexpr):
     MAGIC: tl.constexpr = 12582912.0  # 1.5 * 2**23: adding it leaves an integer in the low bits
     DOUBLE: tl.constexpr = 0 if SIGNED else 1  # the unsigned map has twice the cells
     a = tl.maximum(tl.abs(x) if SIGNED else x, 1.2e-7)
-    shifted = tl.fma(_log2(a), 0.30102999566, MAGIC + 6.5)  # low bits: i = floor(log10(a)) + 7
+    shifted = _fma_down(_log2(a), 0.30102999566, MAGIC + 7)  # low bits: i = floor(log10(a)) + 7
     slope = _exp2(tl.fma(shifted - MAGIC, -2.321928094887362, 20.083570778 + DOUBLE))
     start = ((shifted.to(tl.int32, bitcast=True) << 23) + (0x3F638E39 + (DOUBLE << 23))).to(
         tl.float32, bitcast=True
@@ -79,6 +86,7 @@ def encode_fast(x, SIGNED: tl.constexpr):
         signed = (cell.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
         code = (signed + (MAGIC + 127)).to(tl.int32, bitcast=True)
         return tl.where(x > 0.99648434, 255, code)
-    # The cell of 1.0 begins a quarter early: this line lies above y there and nowhere else.
-    y = tl.maximum(y, tl.fma(y, 4 / 3, 256 - 255.75 * (4 / 3)))
+    # The cell of 1.0 begins a quarter early: this line lies above y there and nowhere else. (The thousandth
+    # lets 1.0 reach 256 in spite of rounding.)
+    y = tl.maximum(y, tl.fma(y, 4 / 3, 256 - 255.749 * (4 / 3)))
     return _add_down(y, MAGIC - 1).to(tl.int32, bitcast=True)

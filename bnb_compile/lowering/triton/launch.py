@@ -35,9 +35,8 @@ def _prepare_kernel(op: StepOp) -> Any:
 
 
 @functools.cache
-def _addresses_kernel(count: int, first: int) -> Any:
-    places = [(f"t{k}", first + k) for k in range(count)]
-    return _load(triton.addresses_kernel("addresses_kernel", places), "addresses_kernel")
+def _numbers_kernel() -> Any:
+    return _load(triton.numbers_kernel("numbers_kernel"), "numbers_kernel")
 
 
 class TritonStep:
@@ -69,6 +68,7 @@ class TritonStep:
         if op.bits == 8:
             self.maps = [dynamic_map(kind.signed, self.device).values for kind in op.rule.states]
         self._uploaded: list[int] = []
+        self._captured: list[Any] = []  # tables of launches that a CUDA graph has captured
         self._planned: Any = None  # what the launches depend on
         self._launches: list[tuple[Launch, list[Tensor]]] = []
 
@@ -97,29 +97,29 @@ class TritonStep:
         for param, grad in zip(self.params, grads):
             # An empty tensor has no address, but it has a gradient.
             addresses += [param.data_ptr(), 0 if grad is None else grad.data_ptr() or 1]
-        if addresses == self._uploaded:
-            return
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            # A graph would copy from host memory that has changed by the time it is replayed.
-            self._write_addresses(grads)
-            self._uploaded = []
+            # The graph writes them itself, at every replay: a copy would be from host memory that has changed
+            # by then. What it reads must outlive it, and what it leaves is not known here.
+            self._write(addresses)
+            self._captured.append(self._launches)
             return
+        if addresses == self._uploaded and not self._captured:
+            return
+        if not self._uploaded:
+            self._write(addresses[: triton.NUMBERS])  # loads the kernel, which a capture could not do
         pinned = self.device.type == "cuda"
         host = torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=pinned).view(-1, 2)
         self.addresses.copy_(host, non_blocking=True)
         self._uploaded = addresses
 
-    def _write_addresses(self, grads: Sequence[Tensor | None]) -> None:
-        self.addresses.zero_()
-        tensors = [x for pair in zip(self.params, grads) for x in pair]
-        first = 0
-        while first < len(tensors):
-            run = tensors[first : first + triton.MOST_ADDRESSES]
-            if None in run:
-                run = run[: run.index(None)]
-            if run:
-                _addresses_kernel(len(run), first)[(1,)](*run, self.addresses)
-            first += max(len(run), 1)
+    def _write(self, addresses: list[int]) -> None:
+        """Write addresses by a kernel whose arguments they are."""
+        for first in range(0, len(addresses), triton.NUMBERS):
+            numbers = [address or triton.NO_NUMBER for address in addresses[first : first + triton.NUMBERS]]
+            # The address 1 stands for that of an empty tensor and is never followed.
+            numbers = [triton.NO_NUMBER - 1 if n == 1 else n for n in numbers]
+            padding = [triton.NO_NUMBER] * (triton.NUMBERS - len(numbers))
+            _numbers_kernel()[(1,)](*numbers, *padding, self.addresses, first, len(numbers))
 
     def _plan(self, grads: Sequence[Tensor | None]) -> None:
         pairs = [(p, p if g is None else g) for p, g in zip(self.params, grads)]
