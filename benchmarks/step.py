@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-first-step", action="store_true", help="only the first table")
     parser.add_argument("--first-step", nargs=2, metavar=("NAME", "LABEL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -175,7 +176,8 @@ def main() -> None:
     names = args.only.split(",")
     print(f"torch {torch.__version__}, {args.threads} threads, {args.device}, {args.rounds} rounds")
     table(names, args.rounds, args.device)
-    first_steps([name for name in names if name in ("fused", "ours")], args.device)
+    if not args.no_first_step:
+        first_steps([name for name in names if name in ("fused", "ours")], args.device)
 
 
 if __name__ == "__main__":
