@@ -1,7 +1,7 @@
 """Time one optimizer step, side by side with torch, bitsandbytes and torchao in one process.
 
     make bench                        or, with the peers installed,
-    python benchmarks/step.py         --only ours,fused  --rounds 21  --device cpu
+    python benchmarks/step.py         --only ours,fused  --rounds 21  --device cpu|cuda
 
 The optimizers take turns, so that a busy moment of the machine hits all of them; the table has medians, and
 their ratios to ``torch.optim.AdamW(fused=True)``. A second table has the cold and warm first step and what a
@@ -27,6 +27,13 @@ SHAPES = {
     "200 x 80,000": [(200, 400)] * 200,
     "300 x 16": [(16,)] * 300,
     "3,000 x 16": [(16,)] * 3000,
+}
+GPU_SHAPES = {
+    "1.3e9 in an LLM's shapes": [(50304, 2048)]
+    + 24 * [(6144, 2048), (2048, 2048), (8192, 2048), (2048, 8192), (2048,), (2048,)],
+    "GPT-2 small, 148 tensors": [(50257, 768), (1024, 768), (768,), (768,)]
+    + 12 * [(2304, 768), (2304,), (768, 768), (768,), (3072, 768), (3072,), (768, 3072), *[(768,)] * 5],
+    "3,000 LoRA tensors": [(8, 4096), (4096, 8)] * 1500,
 }
 COLD = {
     "300 tensors of 40 shapes": [(100 + i % 40, 77) for i in range(300)],
@@ -74,9 +81,10 @@ OPTIMIZERS: dict[str, Callable] = {
 
 def parameters(shapes, device):
     generator = torch.Generator(device).manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
     def normal(shape):
-        return torch.randn(shape, generator=generator, device=device) * 0.02
+        return (torch.randn(shape, generator=generator, device=device) * 0.02).to(dtype)
 
     params = [torch.nn.Parameter(normal(shape)) for shape in shapes]
     for param in params:
@@ -94,7 +102,7 @@ def milliseconds(step, device) -> float:
 
 def table(names: list[str], rounds: int, device: str) -> None:
     print(f"{'ms per step, median':24}" + "".join(f"{name:>20}" for name in names))
-    for label, shapes in SHAPES.items():
+    for label, shapes in (GPU_SHAPES if device == "cuda" else SHAPES).items():
         steps = {}
         for name in names:
             optimizer = OPTIMIZERS[name](parameters(shapes, device), lr=1e-3, weight_decay=0.01)
@@ -108,6 +116,14 @@ def table(names: list[str], rounds: int, device: str) -> None:
         reference = median.get("fused", float("nan"))
         cells = (f"{ms:11.2f} ({ms / reference:5.2f}x)" for ms in median.values())
         print(f"{label:24}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second that a plain copy on the GPU reads and writes."""
+    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = [milliseconds(lambda: target.copy_(source), "cuda") for _ in range(11)]
+    return 2 * source.numel() / statistics.median(times) * 1e3
 
 
 def first_step(name: str, label: str, device: str) -> None:
@@ -175,6 +191,8 @@ def main() -> None:
         return first_step(*args.first_step, args.device)
     names = args.only.split(",")
     print(f"torch {torch.__version__}, {args.threads} threads, {args.device}, {args.rounds} rounds")
+    if args.device == "cuda":
+        print(f"{torch.cuda.get_device_name()}, bfloat16, a copy moves {copy_bandwidth() / 1e12:.2f} TB/s")
     table(names, args.rounds, args.device)
     if not args.no_first_step:
         first_steps([name for name in names if name in ("fused", "ours")], args.device)

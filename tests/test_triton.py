@@ -28,6 +28,7 @@ import bnb_compile.lowering.triton as triton_lowering
 from bnb_compile.lowering.triton import device, print_update
 from bnb_compile.ops.blockwise import dequantize_op, quantize_op
 from bnb_compile.ops.codebook import bounds, create_dynamic_map, nearest, outward_bounds
+from bnb_compile.ops.norms import norms_op
 from bnb_compile.ops.step import STEP_OPS, StepOp
 
 SIZES = [(0,), (1,), (255,), (256,), (257,), (264,), (4095,), (4096,), (4097,), (), (16, 40)]
@@ -271,6 +272,22 @@ def test_the_functional_step_copies_what_it_returns_and_nothing_else() -> None:
     copies = [name for name in names if name.startswith("triton_poi_fused")]
     assert [name for name in names if name not in copies] == [PREPARE, STEP, STEP]
     assert len(copies) == 2 + len(op.arenas) + 1  # parameters, arenas, step
+
+
+def test_emitted_norms_are_right_in_three_launches_and_one_more_for_irregular_tensors() -> None:
+    shapes = [(5,), (300,), (0,), (), (100, 257), (64, 512), (40, 2)]
+    xs = [torch.randn(shape) for shape in shapes] + [torch.randn(30, 40).t(), torch.randn(1).expand(77)]
+    source = fake_gpu.emit(
+        lambda xs: (norms_op(xs),), lambda: torch.utils._pytree.tree_map(on_gpu, (xs,)), fast=False
+    )
+    assert launches(source) == [
+        "triton_addresses",
+        "triton_tensor_sums",
+        "triton_tensor_sums",
+        "triton_tensor_norms",
+    ]
+    (norms,) = fake_gpu.interpret(source, (xs,))
+    torch.testing.assert_close(norms, norms_op(xs), rtol=1e-6, atol=0)
 
 
 def huge(op: StepOp, numel: int) -> Callable[[], tuple]:

@@ -87,7 +87,7 @@ class AbstractOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any], **options: Unpack[Options]) -> None:
         self._buckets: list[Bucket] = []
         self._places: dict[int, tuple[Bucket, int]] = {}  # by id of the parameter
-        self._mirrored: dict[int, tuple[float, ...]] = {}  # by id of the group
+        self._mirrored: dict[int, tuple[tuple[int, float], ...]] = {}  # by id of the group
         given: dict[str, Any] = dict(options)
         self._compile = bool(given.pop("compile", True))
         if given.pop("is_paged", False):
@@ -148,15 +148,16 @@ class AbstractOptimizer(torch.optim.Optimizer):
     def _mirror_hyper(self, group: dict[str, Any], always: bool = True) -> None:
         """Bring a group's hyperparameters to the tensors that the step reads, if they have changed."""
         values = self._hyper(group)
-        numbers = tuple(0.0 if isinstance(v, Tensor) else float(v) for v in values)
-        if not always and self._mirrored.get(id(group)) == numbers:
+        # A tensor is read by every step, so only which one it is matters here.
+        known = tuple((id(v), 0.0) if isinstance(v, Tensor) else (0, float(v)) for v in values)
+        if not always and self._mirrored.get(id(group)) == known:
             return
         rows: dict[Bucket, list[int]] = defaultdict(list)
         for param in group["params"]:
             if id(param) in self._places:
                 bucket, k = self._places[id(param)]
                 rows[bucket].append(k)
-        row = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        row = torch.tensor([number for _, number in known], dtype=torch.float64, device="cpu")
         for bucket, ks in rows.items():
             # A group's parameters follow one another in a bucket.
             span = slice(ks[0], ks[-1] + 1)
@@ -164,7 +165,7 @@ class AbstractOptimizer(torch.optim.Optimizer):
             bucket.live = [entry for entry in bucket.live if entry[0] != span] + [
                 (span, column, v) for column, v in enumerate(values) if isinstance(v, Tensor)
             ]
-        self._mirrored[id(group)] = numbers
+        self._mirrored[id(group)] = known
 
     # -- states --------------------------------------------------------------------------------
 
