@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import platform
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -476,3 +480,30 @@ def test_dynamic_rows_of_whole_blocks() -> None:
         x = torch.randn(rows, 256)
         for a, e in zip(compiled(x), both(x), strict=True):
             assert equal(a, e)
+
+
+PORTABLE = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from buckets import make, assert_close
+from bnb_compile.lowering.cpp.launch import CompiledStep
+from bnb_compile.ops.step import STEP_OPS
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+assert {isa!r} in str(pick_vec_isa()).lower(), pick_vec_isa()
+op = STEP_OPS["adam", 8]
+expected, actual = (make(op, [(300,), (40, 70), (4096,)]) for _ in range(2))
+op.in_place(*expected.arguments)
+CompiledStep(op, actual.params, actual.arenas, actual.step, actual.hyper)(actual.grads)
+assert_close(op, actual, expected)
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64 names its instruction sets so")
+@pytest.mark.parametrize("capability, isa", [("avx2", "avx2"), ("default", "invalid")])
+def test_the_portable_form_runs_without_avx512(capability: str, isa: str) -> None:
+    script = PORTABLE.format(tests=os.path.dirname(__file__), isa=isa)
+    subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, check=True
+    )

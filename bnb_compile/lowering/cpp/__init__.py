@@ -178,7 +178,10 @@ def norms_kernel(name: str, dtype: torch.dtype, arguments: str, rows: str) -> st
 
 
 def _function(name: str, parts: str, arguments: str, body: str) -> str:
+    # The prefix brings ATen's vectors only where there are vector instructions.
     return f"""#include <torch/csrc/inductor/cpp_prefix.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
 #include <tuple>
 #include <utility>
 #include <vector>

@@ -49,7 +49,7 @@ struct Blockwise {
   template <int s>
   struct State {
     using C = Codec<Rule::SIGNED[s]>;
-    const C codec;
+    const C codec{};
     uint8_t* const codes;
     float* const fresh;
     const V scale;
