@@ -34,7 +34,9 @@ def _inline(function: Callable[..., Any], arguments: dict[Any, Any]) -> Any:
     """
     with V.fake_mode:
         examples = [
-            a.meta["val"] if isinstance(a, torch.fx.Node) else torch.empty_like(a, device=x.get_device())
+            a.meta["val"]
+            if isinstance(a, torch.fx.Node)
+            else torch.empty(a.shape, dtype=a.dtype, device=x.get_device())
             for a, x in arguments.items()
         ]
         graph = make_fx(function, select_decomp_table(), _allow_non_fake_inputs=True)(*examples)
