@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ...ops import codebook
-from ...ops.step import StepOp
+from ...ops.step import GRAD_LIMIT, StepOp
 from ...rules import Rule
 from ..printer import C_DOUBLE, C_VECTOR, trace, trace_rule, write
 
@@ -113,6 +113,7 @@ def _body(op: StepOp) -> str:
             *maps,
             _text("codebook.h"),
             print_rule(op.rule),
+            f"constexpr float GRAD_LIMIT = {GRAD_LIMIT!r}f;",
             _text("step.h"),
         ]
     )

@@ -4,6 +4,7 @@
 //   STATES, HYPER, SCALARS, SIGNED[STATES]
 //   scalars(hyper, step, out)      what the elements of a parameter share
 //   update(param, grad, state, s)  the update of LANES elements; param and state are replaced
+// and GRAD_LIMIT of ops/step.py
 
 // A parameter of the bucket; Python fills an int64 row of the same fields.
 struct Parameter {
@@ -21,8 +22,6 @@ inline float largest(const V& value) {
   return at::vec::vec_reduce_all<float>(
       [](const V& a, const V& b) { return at::vec::clamp_min(a, b); }, value);
 }
-
-constexpr float GRAD_LIMIT = 0x1p60f;  // ops/step.py
 
 // Whether all of a block's gradients are below the limit, and none is NaN.
 template <class G>
