@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..ops.step import StepOp
+from ..ops.step import Arguments, StepOp
 from ._inductor import ExternKernel, MutationOutput, NoneLayout, V, lowerings
 
 
@@ -49,30 +49,24 @@ class AbstractStepNode(AbstractKernelNode):
 
     Args:
         op: The step operator.
-        params: The parameters, lowered.
-        grads: Their gradients or None.
-        state: The arenas and `step`, which the kernel updates.
-        written: What else the kernel writes.
-        read: What it reads besides.
+        a: Its arguments, lowered.
+        written: What the kernel writes besides the parameters and their states.
+        read: What it reads besides `hyper` and its like.
     """
 
     def __init__(
-        self,
-        op: StepOp,
-        params: Sequence[Any],
-        grads: Sequence[Any],
-        state: Sequence[Any],
-        written: Sequence[Any],
-        read: Sequence[Any],
+        self, op: StepOp, a: Arguments, written: Sequence[Any] = (), read: Sequence[Any] = ()
     ) -> None:
-        self.op = op
-        self.params, self.grads = self.real(params), self.real(grads)
+        self.op, self.modes = op, a.modes(op)
+        self.params, self.grads = self.real(a.params), self.real(a.grads)
         self.present = [x for x in self.grads if x is not None]
-        self.state, self.written, self.read = self.real(state), self.real(written), self.real(read)
+        state = [*a.arenas, a.step]
+        self.state, self.written = self.real(state), self.real(written)
+        self.read = self.real([*a.tensors[len(state) :], *read])
         self.param_dtype = self.params[0].get_dtype()
         self.grad_dtype = self.present[0].get_dtype() if self.present else self.param_dtype
         inputs = [*self.params, *self.present, *self.state, *self.written, *self.read]
-        super().__init__(inputs, [*params, *state, *written])
+        super().__init__(inputs, [*a.params, *state, *written])
 
 
 def describe_strides(size: Sequence[Any], stride: Sequence[Any]) -> list[tuple[int, int]] | None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..rules import Rule
+from ..rules import Rule, trust_ratio
 
 aten = torch.ops.aten
 
@@ -94,12 +94,14 @@ class TracedRule(NamedTuple):
     Attributes:
         scalars: ``(*hyper, step) -> scalars``, float64.
         update: ``(param, grad, *states, *scalars) -> (param, *states)``, float32.
-        scalar_count: Number of scalars.
+        direction: ``(param, grad, *states, *scalars) -> (direction, *states)``, float32.
+        scalar_names: Of the scalars.
     """
 
     scalars: torch.fx.Graph
     update: torch.fx.Graph
-    scalar_count: int
+    direction: torch.fx.Graph
+    scalar_names: tuple[str, ...]
 
 
 @functools.cache
@@ -107,15 +109,26 @@ def trace_rule(rule: Rule) -> TracedRule:
     """Trace a rule."""
     hyper, states = len(rule.hyper._fields), len(rule.states)
     shared = rule.scalars(rule.hyper(*[torch.zeros(())] * hyper), torch.ones(()))
-    return TracedRule(
-        trace(lambda *a: rule.scalars(rule.hyper(*a[:-1]), a[-1]), hyper + 1, torch.float64),
-        trace(
-            lambda *a: rule.update(*a[: 2 + states], shared._make(a[2 + states :])),
+
+    def of_elements(function: Callable[..., Sequence[torch.Tensor]]) -> torch.fx.Graph:
+        return trace(
+            lambda *a: function(*a[: 2 + states], shared._make(a[2 + states :])),
             2 + states + len(shared),
             torch.float32,
-        ),
-        len(shared),
+        )
+
+    return TracedRule(
+        trace(lambda *a: rule.scalars(rule.hyper(*a[:-1]), a[-1]), hyper + 1, torch.float64),
+        of_elements(rule.update),
+        of_elements(rule.direction),
+        shared._fields,
     )
+
+
+@functools.cache
+def trace_trust_ratio() -> torch.fx.Graph:
+    """``(max_unorm, param_norm, update_norm) -> (ratio,)``, float64."""
+    return trace(lambda *a: (trust_ratio(*a),), 3, torch.float64)
 
 
 def write(graph: torch.fx.Graph, arguments: Sequence[str], dialect: Dialect) -> tuple[list[str], list[str]]:
@@ -145,6 +158,8 @@ def write(graph: torch.fx.Graph, arguments: Sequence[str], dialect: Dialect) -> 
             expression[node] = next(names)
         elif node.op == "output":
             return lines, [text(value) for value in node.args[0]]
+        elif node.target is aten.ones_like.default:
+            expression[node] = dialect.constant(1.0)
         elif node.target in (aten.full_like.default, aten.full.default, aten.scalar_tensor.default):
             fill = node.args[0] if node.target is aten.scalar_tensor.default else node.args[1]
             expression[node] = dialect.constant(fill)
@@ -245,7 +260,7 @@ C_VECTOR = Dialect(
         "reciprocal": "({}).reciprocal()",
         "sqrt": "({}).sqrt()",
         "floor": "({}).floor()",
-        "sign": "({}).sgn()",
+        "sign": "V::blendv(V::blendv(V(0.f), V(1.f), {0} > V(0.f)), V(-1.f), {0} < V(0.f))",
         "exp": "({}).exp()",
         "log": "({}).log()",
         "pow": "({}).pow({})",

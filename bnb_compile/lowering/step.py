@@ -7,32 +7,31 @@ time grows with the number of parameters. So the step is a node of its own that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..ops.step import STEP_OPS, StepOp
+from ..ops.step import STEP_OPS, Arguments, StepOp
 from ._inductor import lowerings, register_lowering
 from .cpp.graph import CppStepNode
 from .triton.graph import lower_triton_step
 
 
 def _lower(op: StepOp) -> None:
-    def in_place(params: Sequence[Any], grads: Sequence[Any], *rest: Any) -> None:
-        *state, hyper = rest
-        if params[0].get_device().type == "cpu":
-            CppStepNode(op, params, grads, state, [], [hyper])
+    def in_place(*args: Any, **options: Any) -> None:
+        a = Arguments.of(args, options)
+        if a.params[0].get_device().type == "cpu":
+            CppStepNode(op, a)
         else:
-            lower_triton_step(op, params, grads, state, hyper)
+            lower_triton_step(op, a)
 
-    def functional(params: Sequence[Any], grads: Sequence[Any], *rest: Any) -> tuple[Any, ...]:
+    def functional(*args: Any, **options: Any) -> tuple[Any, ...]:
         clone = lowerings[torch.ops.aten.clone.default]
-        *state, hyper = rest
+        params, grads, *state, hyper = args
         params, state = [clone(p) for p in params], [clone(x) for x in state]
         for x in (*params, *state):
             x.realize()
-        in_place(params, grads, *state, hyper)
+        in_place(params, grads, *state, hyper, **options)
         return params, *state
 
     register_lowering(op.in_place, type_promotion_kind=None)(in_place)

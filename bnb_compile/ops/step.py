@@ -2,19 +2,25 @@
 
 For each rule there are four operators, 8-bit and 32-bit states, in place and functional:
 
-    adam_step_8bit_(params!, grads, exp_avg_codes!, exp_avg_absmax!, ..., step!, hyper) -> ()
-    adam_step_8bit(params, grads, exp_avg_codes, exp_avg_absmax, ..., step, hyper)
+    adam_step_8bit_(params!, grads, exp_avg_codes!, exp_avg_absmax!, ..., step!, hyper, *, ...) -> ()
+    adam_step_8bit(params, grads, exp_avg_codes, exp_avg_absmax, ..., step, hyper, *, ...)
         -> (params, exp_avg_codes, exp_avg_absmax, ..., step)
-    adam_step_32bit_(params!, grads, exp_avg!, exp_avg_sq!, step!, hyper) -> ()
+    adam_step_32bit_(params!, grads, exp_avg!, exp_avg_sq!, step!, hyper, *, ...) -> ()
     adam_step_32bit(...)
 
 with n parameters, and
 
-    params   n tensors of one dtype (float32, bfloat16 or float16), any shapes and strides
-    grads    n tensors or None, of one dtype; a parameter with None, and all it owns, stays as it is
-    states   arenas, see ops/arena.py
-    step     (n,) float32, steps taken so far; incremented first
-    hyper    (n, h) float64, a row of the rule's hyperparameters for each parameter
+    params      n tensors of one dtype (float32, bfloat16 or float16), any shapes and strides
+    grads       n tensors or None, of one dtype; a parameter with None, and all it owns, stays as it is
+    states      arenas, see ops/arena.py
+    step        (n,) float32, steps taken so far; incremented first
+    hyper       (n, h) float64, a row of the rule's hyperparameters for each parameter
+    grad_scale  None or (n,) float32: gradients are multiplied by it. A parameter whose scale is infinite or NaN
+                is treated as one without a gradient
+    max_unorm   None or (n,) float32: the trust ratio's limit, see rules/trust.py; 0 is none
+    skip_zeros  whether an element whose gradient is zero keeps its parameter and its states
+    block_wise  whether each block of 256 elements of an 8-bit state has its own scale; otherwise all blocks
+                of a parameter have the same one
 
 `hyper` and `step` are tensors so that neither a schedule nor the count ever recompiles or synchronises;
 `hyper` is float64 so that ``1 - beta2`` and the bias corrections have the accuracy that Python numbers
@@ -32,7 +38,7 @@ import torch
 from torch import Tensor
 
 from .. import rules
-from ..rules import Rule
+from ..rules import Rule, trust_ratio
 from .arena import BLOCK, Layout, Slot, layout
 from .blockwise import dequantize, dynamic_map, quantize
 from .library import define
@@ -70,6 +76,12 @@ class StepOp:
         for name, _ in self.arenas:
             yield places.blocks if name.endswith("_absmax") else places.elements
 
+    def bytes_per_param(self, numel: int) -> float:
+        """Memory of the states of a parameter, for each of its elements."""
+        places = layout([numel])
+        sizes = zip(self.arenas, self.arena_sizes(places))
+        return sum(size * dtype.itemsize for (_, dtype), size in sizes) / max(numel, 1)
+
     @property
     def in_place(self) -> torch._ops.OpOverload:
         """The operator that updates its arguments."""
@@ -81,23 +93,61 @@ class StepOp:
         return getattr(torch.ops.bnb_compile, self.name).default
 
 
-STEP_OPS = {(rule.name, bits): StepOp(rule, bits) for rule in rules.ALL for bits in (8, 32)}
+STEP_OPS = {
+    (rule.name, bits): StepOp(rule, bits)
+    for rule in rules.ALL
+    for bits in (8, 32)
+    if rule.states or bits == 32
+}
+
+
+class Modes(NamedTuple):
+    """What a kernel is compiled for, of the arguments that most steps do without."""
+
+    scaled: bool = False  # has grad_scale
+    trust: bool = False  # has max_unorm
+    skip_zeros: bool = False
+    block_wise: bool = True
+
+    @property
+    def two_phases(self) -> bool:
+        """Whether something must be known of all elements of a parameter before one is updated."""
+        return self.trust or not self.block_wise
 
 
 class Arguments(NamedTuple):
     """A call's arguments, with the arenas gathered."""
 
-    params: Sequence[Tensor]
-    grads: Sequence[Tensor | None]
-    arenas: Sequence[Tensor]
-    step: Tensor
-    hyper: Tensor
+    params: Sequence[Any]
+    grads: Sequence[Any]
+    arenas: Sequence[Any]
+    step: Any
+    hyper: Any
+    grad_scale: Any = None
+    max_unorm: Any = None
+    skip_zeros: bool = False
+    block_wise: bool = True
 
     @staticmethod
-    def of(args: Sequence[Any]) -> Arguments:
-        """From the positional arguments of an operator."""
+    def of(args: Sequence[Any], options: dict[str, Any]) -> Arguments:
+        """From the arguments of an operator: tensors, or what a compiler has in their place."""
         params, grads, *arenas, step, hyper = args
-        return Arguments(params, grads, arenas, step, hyper)
+        return Arguments(params, grads, arenas, step, hyper, **options)
+
+    @property
+    def tensors(self) -> list[Any]:
+        """What a kernel takes after parameters and gradients."""
+        given = [x for x in (self.grad_scale, self.max_unorm) if x is not None]
+        return [*self.arenas, self.step, self.hyper, *given]
+
+    def modes(self, op: StepOp) -> Modes:
+        """What is needed of a kernel for `op`."""
+        return Modes(
+            self.grad_scale is not None,
+            self.max_unorm is not None,
+            self.skip_zeros,
+            self.block_wise or op.bits == 32,
+        )
 
 
 def _mistakes(op: StepOp, a: Arguments) -> Iterator[str]:
@@ -117,7 +167,12 @@ def _mistakes(op: StepOp, a: Arguments) -> Iterator[str]:
         ("step", torch.float32, (n,)),
         ("hyper", torch.float64, (n, len(op.rule.hyper._fields))),
     ]
-    for (name, dtype, shape), x in zip(expected, (*a.arenas, a.step, a.hyper)):
+    given = [*a.arenas, a.step, a.hyper]
+    for name, x in (("grad_scale", a.grad_scale), ("max_unorm", a.max_unorm)):
+        if x is not None:
+            expected.append((name, torch.float32, (n,)))
+            given.append(x)
+    for (name, dtype, shape), x in zip(expected, given):
         if x.dtype != dtype or x.shape != shape or not x.is_contiguous():
             yield (
                 f"{name} is {x.dtype} {tuple(x.shape)} with strides {x.stride()}, must be {dtype} {shape}, "
@@ -142,15 +197,23 @@ def _load(op: StepOp, arenas: Sequence[Tensor], slot: Slot) -> list[Tensor]:
     ]
 
 
-def _store(op: StepOp, arenas: Sequence[Tensor], slot: Slot, states: Sequence[Tensor]) -> None:
+def _store(op: StepOp, a: Arguments, slot: Slot, states: Sequence[Tensor], active: Tensor) -> None:
+    """Replace a parameter's states, if it is active."""
+
+    def write(place: Tensor, values: Tensor) -> None:
+        place.copy_(torch.where(active, values, place))
+
     inside = slice(slot.offset, slot.offset + slot.numel)
     if op.bits == 32:
-        for arena, values in zip(arenas, states):
-            arena[inside] = values
+        for arena, values in zip(a.arenas, states):
+            write(arena[inside], values)
         return
     scales = slice(slot.block, slot.block + slot.blocks)
-    for state, codes, absmax, values in zip(op.rule.states, arenas[::2], arenas[1::2], states):
-        codes[inside], absmax[scales] = quantize(values, dynamic_map(state.signed, codes.device), BLOCK)
+    block_size = BLOCK if a.block_wise else max(slot.numel, 1)
+    for state, codes, absmax, values in zip(op.rule.states, a.arenas[::2], a.arenas[1::2], states):
+        new_codes, new_absmax = quantize(values, dynamic_map(state.signed, codes.device), block_size)
+        write(codes[inside], new_codes)
+        write(absmax[scales], new_absmax)
 
 
 def _update(op: StepOp, a: Arguments) -> None:
@@ -159,50 +222,64 @@ def _update(op: StepOp, a: Arguments) -> None:
         param, grad = a.params[k], a.grads[k]
         if grad is None:
             continue
-        a.step[k] += 1
+        scale = a.step.new_ones(()) if a.grad_scale is None else a.grad_scale[k]
+        active = scale.isfinite()
+        a.step[k] += active
         scalars = op.rule.scalars(op.rule.hyper(*a.hyper[k]), a.step[k].double())
-        scalars_f32 = scalars._make(x.float() for x in scalars)
+        s = scalars._make(x.float() for x in scalars)
         old = [param.reshape(-1).float(), *_load(op, a.arenas, slot)]
-        grad_f32 = grad.reshape(-1).float()
-        new = op.rule.update(old[0], grad_f32, *old[1:], scalars_f32)
+        grad_f32 = grad.reshape(-1).float() * scale
         usable = grad_f32.abs() < GRAD_LIMIT
+        if a.skip_zeros:
+            usable &= grad_f32 != 0
+        if a.max_unorm is not None:
+            direction, *_ = op.rule.direction(old[0], grad_f32, *old[1:], s)
+            update_norm = scalars.unit * _norm(torch.where(usable, direction, 0.0))
+            ratio = trust_ratio(a.max_unorm[k].double(), _norm(old[0]), update_norm)
+            s = s._replace(step_size=(scalars.step_size * ratio).float())
+        new = op.rule.update(old[0], grad_f32, *old[1:], s)
         param_f32, *states = (torch.where(usable, n, o) for n, o in zip(new, old))
         param.copy_(param_f32.view(param.shape))
-        _store(op, a.arenas, slot, states)
+        _store(op, a, slot, states, active)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return x.double().square().sum().sqrt()
 
 
 def _register(op: StepOp) -> None:
-    def in_place(*args: Any) -> None:
-        a = Arguments.of(args)
+    def in_place(*args: Any, **options: Any) -> None:
+        a = Arguments.of(args, options)
         _check(op, a)
         _update(op, a)
 
-    def in_place_fake(*args: Any) -> None:
-        _check(op, Arguments.of(args))
+    def in_place_fake(*args: Any, **options: Any) -> None:
+        _check(op, Arguments.of(args, options))
 
-    def functional(*args: Any) -> tuple[Any, ...]:
-        a = Arguments.of(args)
+    def functional(*args: Any, **options: Any) -> tuple[Any, ...]:
+        a = Arguments.of(args, options)
         params, arenas = [x.clone() for x in a.params], [x.clone() for x in a.arenas]
         step = a.step.clone()
-        in_place(params, a.grads, *arenas, step, a.hyper)
+        in_place(params, a.grads, *arenas, step, a.hyper, **options)
         return params, *arenas, step
 
-    def functional_fake(*args: Any) -> tuple[Any, ...]:
-        a = Arguments.of(args)
+    def functional_fake(*args: Any, **options: Any) -> tuple[Any, ...]:
+        a = Arguments.of(args, options)
         _check(op, a)
         return [torch.empty_like(x) for x in a.params], *map(torch.empty_like, (*a.arenas, a.step))
 
+    options = "*, Tensor? grad_scale=None, Tensor? max_unorm=None, bool skip_zeros=False, bool block_wise=True"
     written = [*(name for name, _ in op.arenas), "step"]
     mutated = ", ".join(f"Tensor({chr(ord('b') + k)}!) {name}" for k, name in enumerate(written))
     define(
-        f"{op.name}_(Tensor(a!)[] params, Tensor?[] grads, {mutated}, Tensor hyper) -> ()",
+        f"{op.name}_(Tensor(a!)[] params, Tensor?[] grads, {mutated}, Tensor hyper, {options}) -> ()",
         in_place,
         in_place_fake,
     )
     tensors = ", ".join(f"Tensor {name}" for name in written)
     results = ", ".join(["Tensor[]", *["Tensor"] * len(written)])
     define(
-        f"{op.name}(Tensor[] params, Tensor?[] grads, {tensors}, Tensor hyper) -> ({results})",
+        f"{op.name}(Tensor[] params, Tensor?[] grads, {tensors}, Tensor hyper, {options}) -> ({results})",
         functional,
         functional_fake,
     )

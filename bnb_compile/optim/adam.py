@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import ast
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..rules import ADAM
-from .optimizer import AbstractOptimizer, Options, number
+from ..rules import ADAM, ADAM_AMSGRAD
+from .family import Family
+from .optimizer import Optimizer2State, Options
+
+Family(
+    "adam",
+    moments=2,
+    rule=lambda group: ADAM_AMSGRAD if group["amsgrad"] else ADAM,
+    hyper=lambda group: (group["lr"], *group["betas"], group["eps"], group["weight_decay"]),
+    extras={"amsgrad": False},
+)
 
 
-class AbstractAdam(AbstractOptimizer):
+class Adam(Optimizer2State):
     """Adam with decoupled weight decay, see `bnb_compile.rules.adam`.
 
     Args:
@@ -20,90 +29,100 @@ class AbstractAdam(AbstractOptimizer):
         lr: Learning rate.
         betas: Decay rates of the two moments, each in ``[0, 1)``.
         eps: Added to the root of the second moment.
-        weight_decay: Share of a parameter, times `lr`, that is taken away in each step. By default 0
-            for Adam and 0.01 for AdamW.
-        amsgrad: Must be False.
+        weight_decay: What is taken away of a parameter in each step, times `lr`.
+        amsgrad: Whether to divide by the largest second moment so far, which is one more state.
         options: See `bnb_compile.optim.Options`.
 
     Raises:
         ValueError: If a hyperparameter is out of its range.
     """
 
-    rule = ADAM
-    default_weight_decay: ClassVar[float]
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor | str = 1e-3,
+        betas: Sequence[float | str] | str = (0.9, 0.999),
+        eps: float | str = 1e-8,
+        weight_decay: float | str = 0.0,
+        *,
+        amsgrad: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__("adam", params, lr, betas, eps, weight_decay, amsgrad=amsgrad, **options)
+
+
+class Adam8bit(Adam):
+    """Adam with 8-bit states."""
+
+    bits = 8
+
+
+class Adam32bit(Adam):
+    """Adam with 32-bit states."""
+
+    bits = 32
+
+
+class PagedAdam(Adam):
+    """Adam with paged states."""
+
+    paged = True
+
+
+class PagedAdam8bit(Adam8bit):
+    """Adam with paged 8-bit states."""
+
+    paged = True
+
+
+class PagedAdam32bit(Adam32bit):
+    """Adam with paged 32-bit states."""
+
+    paged = True
+
+
+class AdamW(Adam):
+    """Adam with a weight decay of 0.01 by default."""
 
     def __init__(
         self,
         params: Any,
         lr: float | Tensor | str = 1e-3,
-        betas: tuple[float, float] | str = (0.9, 0.999),
+        betas: Sequence[float | str] | str = (0.9, 0.999),
         eps: float | str = 1e-8,
-        weight_decay: float | str | None = None,
+        weight_decay: float | str = 1e-2,
         *,
         amsgrad: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        if amsgrad:
-            raise ValueError(f"{type(self).__name__} does not support amsgrad=True")
-        if weight_decay is None:
-            weight_decay = self.default_weight_decay
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        super().__init__(params, defaults, **options)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        betas = group["betas"]
-        betas = ast.literal_eval(betas) if isinstance(betas, str) else betas
-        if len(betas) != 2:
-            raise ValueError(f"Invalid betas: {betas}, must be two numbers")
-        checked = dict(
-            lr=number("learning rate", group["lr"]),
-            betas=tuple(
-                number(f"beta parameter at index {i}", beta, below=1.0) for i, beta in enumerate(betas)
-            ),
-            eps=number("epsilon value", group["eps"]),
-            weight_decay=number("weight_decay value", group["weight_decay"]),
-        )
-        group.update(checked)
-
-    def _hyper(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return group["lr"], *group["betas"], group["eps"], group["weight_decay"]
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad=amsgrad, **options)
 
 
-class Adam(AbstractAdam):
-    """Adam with states of `optim_bits` bits."""
-
-    default_weight_decay = 0.0
-
-
-class Adam8bit(AbstractAdam):
-    """Adam with 8-bit states."""
-
-    default_weight_decay = 0.0
-    bits = 8
-
-
-class Adam32bit(AbstractAdam):
-    """Adam with 32-bit states."""
-
-    default_weight_decay = 0.0
-    bits = 32
-
-
-class AdamW(AbstractAdam):
-    """AdamW with states of `optim_bits` bits."""
-
-    default_weight_decay = 1e-2
-
-
-class AdamW8bit(AbstractAdam):
+class AdamW8bit(AdamW):
     """AdamW with 8-bit states."""
 
-    default_weight_decay = 1e-2
     bits = 8
 
 
-class AdamW32bit(AbstractAdam):
+class AdamW32bit(AdamW):
     """AdamW with 32-bit states."""
 
-    default_weight_decay = 1e-2
     bits = 32
+
+
+class PagedAdamW(AdamW):
+    """AdamW with paged states."""
+
+    paged = True
+
+
+class PagedAdamW8bit(AdamW8bit):
+    """AdamW with paged 8-bit states."""
+
+    paged = True
+
+
+class PagedAdamW32bit(AdamW32bit):
+    """AdamW with paged 32-bit states."""
+
+    paged = True

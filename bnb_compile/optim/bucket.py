@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,45 +11,88 @@ from torch import Tensor
 from ..ops.arena import BLOCK, layout
 from ..ops.blockwise import dynamic_map, quantize
 from ..ops.step import StepOp
-from .checkpoint import SavedState
+from . import paging
+from .checkpoint import SavedMoment, SavedState
+from .clipping import NORMS, clipping_scale
+
+
+class Kind(NamedTuple):
+    """What the parameters of a bucket have in common.
+
+    Attributes:
+        device: Theirs.
+        dtype: Theirs.
+        op: The step operator: rule and bits.
+        trust: Whether a trust ratio limits updates.
+        skip_zeros: Whether elements with a zero gradient stay as they are.
+        block_wise: Whether each block of 8-bit states has its own scale.
+        percentile: Of earlier gradient norms, that a gradient is clipped to; 100 is off.
+        paged: Whether states are in managed memory.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    op: StepOp
+    trust: bool
+    skip_zeros: bool
+    block_wise: bool
+    percentile: int
+    paged: bool
 
 
 class Bucket:
-    """Parameters of one device, dtype and state format, with the arenas that hold their states.
+    """Parameters of one kind, with the arenas that hold their states.
 
     The tensors are allocated once and only ever written in place: compiled code and CUDA graphs keep
     their addresses.
 
     Args:
-        op: The step operator.
+        kind: Their kind.
         params: The parameters, at least one.
+        max_unorm: Limit of each one's trust ratio.
     """
 
-    def __init__(self, op: StepOp, params: list[Tensor]) -> None:
-        self.op = op
-        self.params = params
-        self.device, self.dtype = params[0].device, params[0].dtype
+    def __init__(self, kind: Kind, params: list[Tensor], max_unorm: Sequence[float]) -> None:
+        self.kind, self.op, self.params = kind, kind.op, params
+        self.device = kind.device
         places = layout(param.numel() for param in params)
         self.slots = places.slots
+        n = len(params)
 
-        def zeros(*size: int, dtype: torch.dtype) -> Tensor:
+        def zeros(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(*size, dtype=dtype, device=self.device)
 
         self.arenas = [
-            zeros(size, dtype=dtype) for (_, dtype), size in zip(op.arenas, op.arena_sizes(places))
+            paging.managed_zeros(size, dtype, self.device) if kind.paged else zeros(size, dtype=dtype)
+            for (_, dtype), size in zip(self.op.arenas, self.op.arena_sizes(places))
         ]
-        self.step = zeros(len(params), dtype=torch.float32)
-        self.hyper = zeros(len(params), len(op.rule.hyper._fields), dtype=torch.float64)
-        #: Hyperparameters given as tensors: rows and column of `hyper`, and the tensor to read.
-        self.live: list[tuple[slice, int, Tensor]] = []
-        self._operator = op.in_place
+        self.step = zeros(n)
+        self.hyper = zeros(n, len(self.op.rule.hyper._fields), dtype=torch.float64)
+        #: Hyperparameters given as tensors: parameters, their rows and a column of `hyper`, the tensor.
+        self.live: list[tuple[list[int], Any, int, Tensor]] = []
+        self.max_unorm = torch.tensor(max_unorm, device=self.device) if kind.trust else None
+        #: Squared norms of each parameter's last gradients.
+        self.gnorm = zeros(n, NORMS) if kind.percentile < 100 else None
+        self.grad_scale = None if self.gnorm is None else torch.ones_like(self.step)
         self._compiled: Any = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the step operator."""
+        return dict(
+            grad_scale=self.grad_scale,
+            max_unorm=self.max_unorm,
+            skip_zeros=self.kind.skip_zeros,
+            block_wise=self.kind.block_wise,
+        )
 
     def views(self, k: int) -> dict[str, Tensor]:
         """State of a parameter under bitsandbytes' names, as views of the arenas."""
         slot, shape = self.slots[k], self.params[k].shape
         inside = slice(slot.offset, slot.offset + slot.numel)
         view: dict[str, Tensor] = {"step": self.step[k]}
+        if self.gnorm is not None:
+            view["gnorm_vec"] = self.gnorm[k]
         if self.op.bits == 32:
             for i, arena in enumerate(self.arenas, 1):
                 view[f"state{i}"] = arena[inside].view(shape)
@@ -62,25 +105,45 @@ class Bucket:
             view[f"absmax{i}"] = self.arenas[2 * i - 1][scales]
         return view
 
+    def set_hyper(self, ks: list[int], values: Sequence[Any]) -> None:
+        """Set hyperparameters of the parameters `ks`; those that are tensors will be read at each step."""
+        together = ks[-1] - ks[0] == len(ks) - 1
+        rows = slice(ks[0], ks[-1] + 1) if together else torch.tensor(ks, device=self.device)
+        numbers = [0.0 if isinstance(v, Tensor) else float(v) for v in values]
+        row = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        self.hyper[rows] = row.to(self.device, non_blocking=True)
+        self.live = [entry for entry in self.live if entry[0] != ks] + [
+            (ks, rows, column, v) for column, v in enumerate(values) if isinstance(v, Tensor)
+        ]
+
+    def fill(self, k: int, values: Sequence[float]) -> None:
+        """Let the states of a parameter begin with these values."""
+        if any(values):
+            full = [torch.full(self.params[k].shape, v, device=self.device) for v in values]
+            self.write(k, SavedState(0, [SavedMoment(x, x, x) for x in full]))
+
     def write(self, k: int, saved: SavedState) -> None:
         """Replace the state of a parameter by a saved one, of either format and any block size."""
         view = self.views(k)
         view["step"].fill_(saved.step)
+        if "gnorm_vec" in view:
+            view["gnorm_vec"].copy_(saved.gnorm) if saved.gnorm is not None else view["gnorm_vec"].zero_()
         for i, (kind, moment) in enumerate(zip(self.op.rule.states, saved.moments), 1):
             if self.op.bits == 32:
                 view[f"state{i}"].copy_(moment.decode())
                 continue
             table = dynamic_map(kind.signed, self.device)
-            if moment.has_format(BLOCK, table.values):
+            if moment.has_format(BLOCK, table.values) and self.kind.block_wise:
                 values, absmax = moment.values, moment.absmax
             else:
-                values, absmax = quantize(moment.decode().to(self.device), table, BLOCK)
+                block_size = BLOCK if self.kind.block_wise else max(moment.values.numel(), 1)
+                values, absmax = quantize(moment.decode().to(self.device), table, block_size)
             view[f"state{i}"].copy_(values)
             view[f"absmax{i}"].copy_(absmax)
 
     def reset(self) -> None:
         """Forget the states of all parameters."""
-        for tensor in (*self.arenas, self.step):
+        for tensor in (*self.arenas, self.step, *([] if self.gnorm is None else [self.gnorm])):
             tensor.zero_()
 
     def update(self, grads: Sequence[Tensor | None], compiled: bool) -> None:
@@ -91,15 +154,20 @@ class Bucket:
             compiled: Whether to run the compiled kernel; otherwise the operator, which is what a graph
                 captures, and eagerly the reference.
         """
-        for rows, column, value in self.live:
+        for _, rows, column, value in self.live:
             self.hyper[rows, column] = value.to(self.hyper.dtype)
+        if self.kind.paged:
+            paging.prefetch(self.arenas, self.device)
         for same_dtype in _by_dtype(grads):
+            if self.gnorm is not None and self.grad_scale is not None:
+                scale = clipping_scale(self.gnorm, same_dtype, self.step, self.kind.percentile)
+                self.grad_scale.copy_(scale)
             if compiled:
                 if self._compiled is None:
                     self._compiled = _compiled_step(self)
                 self._compiled(same_dtype)
             else:
-                self._operator(self.params, same_dtype, *self.arenas, self.step, self.hyper)
+                self.op.in_place(self.params, same_dtype, *self.arenas, self.step, self.hyper, **self.options)
 
 
 def _compiled_step(bucket: Bucket) -> Any:
@@ -108,10 +176,10 @@ def _compiled_step(bucket: Bucket) -> Any:
     if bucket.device.type == "cpu":
         from ..lowering.cpp.launch import CompiledStep
 
-        return CompiledStep(*arguments)
+        return CompiledStep(*arguments, **bucket.options)
     from ..lowering.triton.launch import TritonStep
 
-    return TritonStep(*arguments)
+    return TritonStep(*arguments, **bucket.options)
 
 
 def _by_dtype(grads: Sequence[Tensor | None]) -> Iterator[Sequence[Tensor | None]]:

@@ -43,10 +43,16 @@ class SavedMoment(NamedTuple):
 
 
 class SavedState(NamedTuple):
-    """The state of a parameter: steps taken, and a moment for each state of the rule."""
+    """The state of a parameter: steps taken, a moment for each state of the rule, squared gradient norms."""
 
     step: float
     moments: list[SavedMoment]
+    gnorm: Tensor | None = None
+
+
+def flatten(saved: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's entry in a state dict without bitsandbytes' nesting."""
+    return {**saved, **saved.get(_NESTED, {})}
 
 
 def match_groups(
@@ -98,7 +104,7 @@ def read_state(rule: Rule, key: Any, param: Tensor, saved: dict[str, Any]) -> Sa
         rule: The optimizer's.
         key: The saved index, for messages.
         param: The parameter.
-        saved: Its entry in the state dict, flat or nested.
+        saved: Its entry in the state dict, flat.
 
     Returns:
         SavedState: What was saved; the tensors are those of `saved`.
@@ -106,13 +112,12 @@ def read_state(rule: Rule, key: Any, param: Tensor, saved: dict[str, Any]) -> Sa
     Raises:
         ValueError: If an entry is missing or does not fit to the parameter.
     """
-    flat = {**saved, **saved.get(_NESTED, {})}
     where = f"state of parameter {key}, shape {tuple(param.shape)}"
 
     def tensor(name: str) -> Tensor:
-        if not isinstance(flat.get(name), Tensor):
-            raise ValueError(f"{where}: {name} must be a tensor, got {flat.get(name)!r}")
-        return flat[name]
+        if not isinstance(saved.get(name), Tensor):
+            raise ValueError(f"{where}: {name} must be a tensor, got {saved.get(name)!r}")
+        return saved[name]
 
     moments = []
     for i, kind in enumerate(rule.states, 1):
@@ -131,7 +136,10 @@ def read_state(rule: Rule, key: Any, param: Tensor, saved: dict[str, Any]) -> Sa
                 f"or {blocks[1]}, blocks of {_OLD_BLOCK}) and a map of 256"
             )
         moments.append(moment)
-    step = flat.get("step")
+    step = saved.get("step")
     if not isinstance(step, (int, float, Tensor)):
         raise ValueError(f"{where}: step must be a number, got {step!r}")
-    return SavedState(float(step), moments)
+    gnorm = saved.get("gnorm_vec")
+    if gnorm is not None and gnorm.shape != (100,):
+        raise ValueError(f"{where}: gnorm_vec has shape {tuple(gnorm.shape)}, must be (100,)")
+    return SavedState(float(step), moments, gnorm)

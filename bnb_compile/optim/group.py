@@ -6,7 +6,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .optimizer import AbstractOptimizer
+    from .optimizer import Optimizer8bit
 
 
 class ParamGroup(dict):
@@ -17,7 +17,7 @@ class ParamGroup(dict):
     itself brings the new value to the tensor that the step reads.
     """
 
-    def __init__(self, group: dict[str, Any], optimizer: AbstractOptimizer) -> None:
+    def __init__(self, group: dict[str, Any], optimizer: Optimizer8bit) -> None:
         super().__init__(group)
         self._optimizer = weakref.ref(optimizer)
 

@@ -2,47 +2,57 @@
 
 from __future__ import annotations
 
-import math
+import functools
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from ..ops.step import PARAM_DTYPES, STEP_OPS
-from ..rules import Rule
-from .bucket import Bucket
-from .checkpoint import match_groups, read_state
+from . import paging
+from .bucket import Bucket, Kind
+from .checkpoint import flatten, match_groups, read_state
+from .family import FAMILIES, Family, flag, integer, number
 from .group import ParamGroup
+from .manager import GlobalOptimManager
 
 
 class Options(TypedDict, total=False):
-    """Arguments that every optimizer takes besides its hyperparameters.
+    """Arguments that every optimizer takes besides its hyperparameters, by keyword.
 
     Attributes:
         optim_bits: 8 for block-wise quantised states, 32 (the default) for float32. A class named for a
             number of bits has that many; there 32 is also accepted as bitsandbytes' default.
         args: An object whose attributes `optim_bits`, `min_8bit_size`, ... replace these arguments.
         min_8bit_size: Parameters with fewer elements have float32 states, whatever `optim_bits` is.
-        percentile_clipping: Must be 100, which is off.
-        block_wise: Must be True.
-        is_paged: Must be False.
+        max_unorm: Largest norm of an update before the learning rate, relative to the parameter's norm; 0
+            is none.
+        skip_zeros: Whether an element whose gradient is zero keeps its value and its states.
+        percentile_clipping: Percentile of the last 100 gradient norms of a parameter, to which its gradient
+            is clipped; 100 is off.
+        block_wise: Whether each block of 256 elements of an 8-bit state has a scale of its own; otherwise a
+            parameter has one.
+        is_paged: Whether states of parameters with 100,000 elements or more are in CUDA managed memory, from
+            which the driver moves to the host what does not fit into the GPU. Without a GPU: ordinary memory.
         compile: Whether `step` runs the compiled kernel; False runs the eager reference.
     """
 
     optim_bits: int
     args: Any
     min_8bit_size: int
+    max_unorm: float
+    skip_zeros: bool
     percentile_clipping: int
     block_wise: bool
     is_paged: bool
     compile: bool
 
 
-#: What bitsandbytes keeps in ``optimizer.args``, and the values that mean "off".
+#: What bitsandbytes keeps in ``optimizer.args``.
 _ARGS: dict[str, Any] = {
     "optim_bits": 32,
     "min_8bit_size": 4096,
@@ -51,25 +61,33 @@ _ARGS: dict[str, Any] = {
     "percentile_clipping": 100,
     "block_wise": True,
 }
+_PAGED_SIZE = 100_000  # elements; below, paging is not worth it (bitsandbytes' number)
 
 
-def number(name: str, value: Any, below: float = math.inf) -> Any:
-    """A hyperparameter, with a numeric string as a float.
+def _check_args(args: dict[str, Any]) -> dict[str, Any]:
+    """Options as numbers, checked.
 
     Raises:
-        ValueError: If it is no number, or not in ``[0, below)``.
+        ValueError: If one is out of its range.
     """
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise ValueError(f"Invalid {name}: {value!r}, must be a number") from None
-    if not 0.0 <= value < below:  # also for NaN
-        raise ValueError(f"Invalid {name}: {value}, must be in [0, {below})")
-    return value
+    bits, percentile = integer("optim_bits", args["optim_bits"]), args["percentile_clipping"]
+    if bits not in (8, 32):
+        raise ValueError(f"Invalid optim_bits: {bits}, must be 8 or 32")
+    percentile = integer("percentile_clipping", percentile)
+    if not 1 <= percentile <= 100:
+        raise ValueError(f"Invalid percentile_clipping: {percentile}, must be in [1, 100]; 100 is off")
+    return {
+        **args,
+        "optim_bits": bits,
+        "min_8bit_size": integer("min_8bit_size", args["min_8bit_size"]),
+        "max_unorm": number("max_unorm", args["max_unorm"]),
+        "skip_zeros": flag("skip_zeros", args["skip_zeros"]),
+        "percentile_clipping": percentile,
+        "block_wise": flag("block_wise", args["block_wise"]),
+    }
 
 
-class AbstractOptimizer(torch.optim.Optimizer):
+class Optimizer8bit(torch.optim.Optimizer):
     """An optimizer whose states live in arenas and whose step is one kernel for each bucket.
 
     A bucket holds the parameters of one device, dtype and state format. States are created at the first
@@ -78,52 +96,46 @@ class AbstractOptimizer(torch.optim.Optimizer):
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of them, as for any torch optimizer.
         defaults: Hyperparameters of groups that do not have their own.
-        options: See `Options`.
+        options: See `Options`; and the further hyperparameters of the family.
+
+    Raises:
+        ValueError: If a hyperparameter or an option is out of its range.
+        TypeError: If there is no such argument.
     """
 
-    rule: ClassVar[Rule]
+    family: Family
     bits: ClassVar[int | None] = None  # of a class that is named for them
+    paged: ClassVar[bool] = False  # of a class that is named for it
 
-    def __init__(self, params: Any, defaults: dict[str, Any], **options: Unpack[Options]) -> None:
+    def __init__(self, params: Any, defaults: dict[str, Any], **options: Any) -> None:
+        name = type(self).__name__
+        if not hasattr(self, "family"):
+            raise TypeError(
+                f"{name} is a base; construct Optimizer1State, Optimizer2State or a class of theirs"
+            )
         self._buckets: list[Bucket] = []
         self._places: dict[int, tuple[Bucket, int]] = {}  # by id of the parameter
         self._mirrored: dict[int, tuple[tuple[int, float], ...]] = {}  # by id of the group
-        given: dict[str, Any] = dict(options)
-        self._compile = bool(given.pop("compile", True))
-        if given.pop("is_paged", False):
-            raise NotImplementedError(f"{type(self).__name__}: is_paged=True is not implemented yet")
-        args = given.pop("args", None)
-        chosen = {name: getattr(args, name, given.pop(name, off)) for name, off in _ARGS.items()}
-        if given:
-            raise TypeError(f"{type(self).__name__} got unexpected arguments {sorted(given)}")
-        for name in ("max_unorm", "skip_zeros", "percentile_clipping", "block_wise"):
-            if chosen[name] != _ARGS[name]:
-                raise NotImplementedError(
-                    f"{type(self).__name__}: {name}={chosen[name]} is not implemented, only "
-                    f"{name}={_ARGS[name]}"
-                )
-        allowed = (8, 32) if self.bits is None else (self.bits, 32)
-        if chosen["optim_bits"] not in allowed:
+        self._overrides: dict[int, dict[str, Any]] = {}  # by id of the parameter
+        self._overrides_version: Any = None
+        for key, default in self.family.extras.items():
+            defaults[key] = options.pop(key, default)
+        self._compile = flag("compile", options.pop("compile", True))
+        self.is_paged = flag("is_paged", options.pop("is_paged", self.paged))
+        if self.paged and not self.is_paged:
+            raise ValueError(f"{name}: is_paged=False, must be True for a class that is named for it")
+        args = options.pop("args", None)
+        chosen = {key: getattr(args, key, options.pop(key, off)) for key, off in _ARGS.items()}
+        if options:
+            raise TypeError(f"{name} got unexpected arguments {sorted(options)}")
+        chosen = _check_args(chosen)
+        if chosen["optim_bits"] not in (self.bits, 32) and self.bits is not None:
             raise ValueError(
-                f"{type(self).__name__}: optim_bits={chosen['optim_bits']}, must be one of {allowed}"
+                f"{name}: optim_bits={chosen['optim_bits']}, must be {self.bits}, or 32 (ignored)"
             )
         #: bitsandbytes' name for the options that are not per group.
         self.args = SimpleNamespace(**{**chosen, "optim_bits": self.bits or chosen["optim_bits"]})
         super().__init__(params, defaults)
-
-    # -- to be given by a family ---------------------------------------------------------------
-
-    def _hyper(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """The group's values of `rule.hyper`, each a number or a tensor with one element."""
-        raise NotImplementedError
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Coerce and check the hyperparameters of a new group.
-
-        Raises:
-            ValueError: If one is out of its range.
-        """
-        raise NotImplementedError
 
     # -- groups --------------------------------------------------------------------------------
 
@@ -131,7 +143,7 @@ class AbstractOptimizer(torch.optim.Optimizer):
         """Add a group; see ``torch.optim.Optimizer.add_param_group``."""
         for name, default in self.defaults.items():
             param_group.setdefault(name, default)
-        self._check_group(param_group)
+        param_group.update(self.family.checked(param_group))
         super().add_param_group(param_group)
         added = self.param_groups[-1]
         for param in added["params"]:
@@ -147,7 +159,7 @@ class AbstractOptimizer(torch.optim.Optimizer):
 
     def _mirror_hyper(self, group: dict[str, Any], always: bool = True) -> None:
         """Bring a group's hyperparameters to the tensors that the step reads, if they have changed."""
-        values = self._hyper(group)
+        values = self.family.hyper(group)
         # A tensor is read by every step, so only which one it is matters here.
         known = tuple((id(v), 0.0) if isinstance(v, Tensor) else (0, float(v)) for v in values)
         if not always and self._mirrored.get(id(group)) == known:
@@ -156,15 +168,13 @@ class AbstractOptimizer(torch.optim.Optimizer):
         for param in group["params"]:
             if id(param) in self._places:
                 bucket, k = self._places[id(param)]
-                rows[bucket].append(k)
-        row = torch.tensor([number for _, number in known], dtype=torch.float64, device="cpu")
+                if id(param) in self._overrides:
+                    special = self.family.checked({**group, **self._overrides[id(param)]})
+                    bucket.set_hyper([k], self.family.hyper(special))
+                else:
+                    rows[bucket].append(k)
         for bucket, ks in rows.items():
-            # A group's parameters follow one another in a bucket.
-            span = slice(ks[0], ks[-1] + 1)
-            bucket.hyper[span] = row.to(bucket.device, non_blocking=True)
-            bucket.live = [entry for entry in bucket.live if entry[0] != span] + [
-                (span, column, v) for column, v in enumerate(values) if isinstance(v, Tensor)
-            ]
+            bucket.set_hyper(ks, values)
         self._mirrored[id(group)] = known
 
     # -- states --------------------------------------------------------------------------------
@@ -174,58 +184,133 @@ class AbstractOptimizer(torch.optim.Optimizer):
         if any(type(group) is not ParamGroup for group in self.param_groups):
             self._adopt_groups()
         current: set[int] = set()
-        new: list[Tensor] = []
-        changed = False
+        new = changed = False
         for group in self.param_groups:
+            rule = self.family.rule(group)
             for param in group["params"]:
                 place = self._places.get(id(param))
                 if place is not None:
                     current.add(id(param))
-                    bucket = place[0]
-                    changed |= param.dtype != bucket.dtype or param.device != bucket.device
+                    kind = place[0].kind
+                    changed |= (
+                        param.dtype != kind.dtype or param.device != kind.device or rule is not kind.op.rule
+                    )
                 elif param.requires_grad or param.grad is not None:
-                    new.append(param)
-        if changed or len(current) != len(self._places):
+                    new = True
+        if self._read_overrides() or changed or len(current) != len(self._places):
             self._rebuild()
         elif new:
-            self._add_buckets(new)
+            self._add_buckets(lambda param: param.requires_grad or param.grad is not None)
         for group in self.param_groups:
-            self._mirror_hyper(group, always=bool(new))
+            self._mirror_hyper(group, always=new)
 
-    def _add_buckets(self, params: Iterable[Tensor]) -> None:
-        by_kind: dict[Any, list[Tensor]] = defaultdict(list)
-        for param in params:
-            small = param.numel() < self.args.min_8bit_size
-            bits = 32 if small else self.args.optim_bits
-            by_kind[param.device, param.dtype, bits].append(param)
-        for (_, _, bits), members in by_kind.items():
-            bucket = Bucket(STEP_OPS[self.rule.name, bits], members)
+    def _read_overrides(self) -> bool:
+        """Ask the manager for the overrides; returns whether there are new ones."""
+        manager = GlobalOptimManager.get_instance()
+        version = manager.version, len(self.param_groups)
+        if version == self._overrides_version:
+            return False
+        before, self._overrides = self._overrides, manager.overrides(self.param_groups)
+        self._overrides_version = version
+        return bool(self._buckets) and before != self._overrides
+
+    def _config(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
+        """A parameter's hyperparameters and options, with its overrides."""
+        override = self._overrides.get(id(param), {})
+        args = vars(self.args)
+        own = {key: value for key, value in override.items() if key in args}
+        config = {**group, **{key: value for key, value in override.items() if key not in args}}
+        return {**config, **(_check_args({**args, **own}) if own else args)}
+
+    def _kind(self, config: dict[str, Any], param: Tensor) -> Kind:
+        rule = self.family.rule(config)
+        small = param.numel() < config["min_8bit_size"] or not rule.states
+        return Kind(
+            param.device,
+            param.dtype,
+            STEP_OPS[rule.name, 32 if small else config["optim_bits"]],
+            trust=config["max_unorm"] > 0,
+            skip_zeros=config["skip_zeros"],
+            block_wise=config["block_wise"],
+            percentile=config["percentile_clipping"],
+            paged=self.is_paged and _has_managed_memory(param.device) and param.numel() >= _PAGED_SIZE,
+        )
+
+    def _add_buckets(self, wanted: Callable[[Tensor], bool]) -> None:
+        """Make states for the parameters that are wanted and have none."""
+        by_kind: dict[Kind, list[tuple[Tensor, dict[str, Any]]]] = defaultdict(list)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if id(param) not in self._places and wanted(param):
+                    config = self._config(group, param)
+                    by_kind[self._kind(config, param)].append((param, config))
+        for kind, members in by_kind.items():
+            bucket = Bucket(
+                kind, [param for param, _ in members], [config["max_unorm"] for _, config in members]
+            )
             self._buckets.append(bucket)
-            for k, param in enumerate(members):
+            for k, (param, config) in enumerate(members):
                 self._places[id(param)] = bucket, k
                 self.state[param] = bucket.views(k)
+                bucket.fill(k, self.family.initial(config))
 
     def _rebuild(self) -> None:
         """Form the buckets anew, after parameters were replaced or moved; states are kept."""
-        params = [
-            param
-            for group in self.param_groups
-            for param in group["params"]
-            if param in self.state or param.requires_grad or param.grad is not None
-        ]
-        old = {
-            param: read_state(self.rule, "kept", param, self.state[param])
-            for param in params
-            if self.state.get(param)
-        }
+        old = {}
+        for group in self.param_groups:
+            rule = self.family.rule(group)
+            for param in group["params"]:
+                saved = self.state.get(param)
+                # A rule with other states begins anew: momentum that was switched on, for example.
+                if saved and f"state{len(rule.states)}" in {**saved, "state0": None}:
+                    old[param] = read_state(rule, "kept", param, saved)
+        kept = {id(param) for param in self.state}
         self._buckets, self._places = [], {}
         self.state.clear()
-        self._add_buckets(params)
+        self._add_buckets(lambda p: id(p) in kept or p.requires_grad or p.grad is not None)
         for param, saved in old.items():
             bucket, k = self._places[id(param)]
             bucket.write(k, saved)
         for group in self.param_groups:
             self._mirror_hyper(group)
+
+    def precision_report(self) -> list[dict[str, Any]]:
+        """Which parameters have 8-bit states, and why not.
+
+        Returns:
+            list[dict]: For each parameter `name` (where the optimizer was given names, else its index),
+            `shape`, `numel`, `bits` of a state (None if it has none), `reason` and `bytes_per_param`.
+        """
+        report = []
+        index = -1
+        for group in self.param_groups:
+            names = group.get("param_names") or [None] * len(group["params"])
+            for name, param in zip(names, group["params"]):
+                index += 1
+                config = self._config(group, param)
+                kind = self._kind(config, param)
+                states = len(kind.op.rule.states)
+                if not states:
+                    reason = "the algorithm keeps no states"
+                elif kind.op.bits == 8:
+                    reason = f"optim_bits=8 and at least min_8bit_size={config['min_8bit_size']} elements"
+                elif config["optim_bits"] == 8:
+                    reason = f"fewer than min_8bit_size={config['min_8bit_size']} elements"
+                elif id(param) in self._overrides and "optim_bits" in self._overrides[id(param)]:
+                    reason = "optim_bits=32 by an override"
+                else:
+                    reason = "optim_bits=32"
+                report.append(
+                    dict(
+                        name=index if name is None else name,
+                        shape=tuple(param.shape),
+                        numel=param.numel(),
+                        bits=kind.op.bits if states else None,
+                        reason=reason,
+                        bytes_per_param=kind.op.bytes_per_param(param.numel()),
+                    )
+                )
+        return report
 
     # -- the step ------------------------------------------------------------------------------
 
@@ -304,7 +389,10 @@ class AbstractOptimizer(torch.optim.Optimizer):
         for index, param in enumerate(params):
             if index in saved["state"]:
                 bucket, k = self._places[id(param)]
-                saved["state"][index] = {**saved["state"][index], "step": int(steps[bucket][k])}
+                entry = self.family.pack(saved["state"][index])
+                if bucket.kind.trust:
+                    entry["unorm_vec"] = torch.zeros(1, device=bucket.device)  # bitsandbytes' scratch
+                saved["state"][index] = {**entry, "step": int(steps[bucket][k])}
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -324,24 +412,30 @@ class AbstractOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         contents, params = match_groups(self.param_groups, state_dict)
+        contents = [self.family.checked(content) for content in contents]
+        rules = {id(p): self.family.rule(content) for content in contents for p in content["params"]}
         states = {
-            params[key]: read_state(self.rule, key, params[key], saved)
+            params[key]: read_state(
+                rules[id(params[key])], key, params[key], self.family.unpack(flatten(saved))
+            )
             for key, saved in state_dict["state"].items()
         }
-        for content in contents:
-            self._check_group(content)
 
         self.param_groups[:] = [ParamGroup(content, self) for content in contents]
         if states or self._buckets:
             self.init_state()
-            missing = [param for param in states if id(param) not in self._places]
-            self._add_buckets(missing)
+            self._add_buckets(lambda param: param in states)
         for bucket in self._buckets:
             bucket.reset()
-        for param, saved in states.items():
-            bucket, k = self._places[id(param)]
-            bucket.write(k, saved)
         for group in self.param_groups:
+            for param in group["params"]:
+                if id(param) not in self._places:
+                    continue
+                bucket, k = self._places[id(param)]
+                if param in states:
+                    bucket.write(k, states[param])
+                else:
+                    bucket.fill(k, self.family.initial(self._config(group, param)))
             self._mirror_hyper(group)
         for loaded in self._optimizer_load_state_dict_post_hooks.values():
             loaded(self)
@@ -352,18 +446,22 @@ class AbstractOptimizer(torch.optim.Optimizer):
             "param_groups": [dict(group) for group in self.param_groups],
             "state": {param: dict(entry) for param, entry in self.state.items()},
             "args": self.args,
+            "family": self.family.name,
+            "is_paged": self.is_paged,
             "_compile": self._compile,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._buckets, self._places, self._mirrored = [], {}, {}
-        super().__setstate__({**state, "state": defaultdict(dict, state["state"])})
+        self._overrides, self._overrides_version = {}, None
+        family = FAMILIES[state["family"]]
+        super().__setstate__({**state, "family": family, "state": defaultdict(dict, state["state"])})
         self._adopt_groups()
         if self.state:
             self._rebuild()
 
 
-def _prepare_while_tracing(optimizer: AbstractOptimizer) -> int:
+def _prepare_while_tracing(optimizer: Optimizer8bit) -> int:
     # Dynamo calls this for real while it traces, so that the graph finds the arenas in place.
     optimizer._prepare()
     return 0
@@ -371,3 +469,84 @@ def _prepare_while_tracing(optimizer: AbstractOptimizer) -> int:
 
 # What torch.compiler.assume_constant_result does, which imports Inductor only to do it.
 _prepare_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _has_managed_memory(device: torch.device) -> bool:
+    """Whether states can be paged on a device; warns once if not."""
+    reason = paging.unavailable(device)
+    if reason is not None:
+        warnings.warn(f"paged optimizer states are in ordinary memory: {reason}", stacklevel=2)
+    return reason is None
+
+
+class _ByName(Optimizer8bit):
+    """The constructor of both bases that take an `optimizer_name`."""
+
+    moments: ClassVar[int]
+
+    def __init__(self, optimizer_name: str, params: Any, defaults: dict[str, Any], **options: Any) -> None:
+        family = FAMILIES.get(optimizer_name)
+        if family is None or family.moments != self.moments:
+            names = sorted(f.name for f in FAMILIES.values() if f.moments == self.moments)
+            raise ValueError(f"Unsupported optimizer name: {optimizer_name}, must be one of {names}")
+        self.family = family
+        super().__init__(params, defaults, **options)
+
+
+class Optimizer1State(_ByName):
+    """An optimizer by name that bitsandbytes keeps one state for: momentum, lars, lion, rmsprop or adagrad.
+
+    Args:
+        optimizer_name: The algorithm.
+        params: Parameters, ``(name, parameter)`` pairs, or groups of them.
+        lr: Learning rate.
+        betas: ``(momentum, dampening)``, ``(alpha, momentum)`` of RMSprop, both betas of Lion.
+        eps: Added to the root of a second moment.
+        weight_decay: Added to the gradient, times the parameter; decoupled in Lion.
+        options: See `Options`; and hyperparameters of the algorithm, such as `nesterov`.
+    """
+
+    moments = 1
+
+    def __init__(
+        self,
+        optimizer_name: str,
+        params: Any,
+        lr: float | Tensor | str = 1e-3,
+        betas: Sequence[float | str] | str = (0.9, 0.0),
+        eps: float | str = 1e-8,
+        weight_decay: float | str = 0.0,
+        **options: Any,
+    ) -> None:
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(optimizer_name, params, defaults, **options)
+
+
+class Optimizer2State(_ByName):
+    """An optimizer by name that bitsandbytes keeps two states for: adam, lamb or ademamix.
+
+    Args:
+        optimizer_name: The algorithm.
+        params: Parameters, ``(name, parameter)`` pairs, or groups of them.
+        lr: Learning rate.
+        betas: Decay rates of the moments, each in ``[0, 1)``; three for AdEMAMix.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled: what is taken away of a parameter, times `lr`.
+        options: See `Options`; and hyperparameters of the algorithm, such as `amsgrad`.
+    """
+
+    moments = 2
+
+    def __init__(
+        self,
+        optimizer_name: str,
+        params: Any,
+        lr: float | Tensor | str = 1e-3,
+        betas: Sequence[float | str] | str = (0.9, 0.999),
+        eps: float | str = 1e-8,
+        weight_decay: float | str = 0.0,
+        **options: Any,
+    ) -> None:
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(optimizer_name, params, defaults, **options)

@@ -1,7 +1,28 @@
 """The algorithms: one file each, the update written once as a pure function."""
 
+from .adagrad import ADAGRAD as ADAGRAD
 from .adam import ADAM as ADAM
+from .adam import ADAM_AMSGRAD as ADAM_AMSGRAD
+from .ademamix import ADEMAMIX as ADEMAMIX
+from .lamb import LAMB as LAMB
+from .lamb import LAMB_AMSGRAD as LAMB_AMSGRAD
+from .lion import LION as LION
+from .rmsprop import RMSPROP as RMSPROP
 from .rule import Rule as Rule
 from .rule import State as State
+from .sgd import SGD as SGD
+from .sgd import SGD_PLAIN as SGD_PLAIN
+from .trust import trust_ratio as trust_ratio
 
-ALL = (ADAM,)
+ALL = (
+    ADAM,
+    ADAM_AMSGRAD,
+    LAMB,
+    LAMB_AMSGRAD,
+    ADEMAMIX,
+    LION,
+    SGD,
+    SGD_PLAIN,
+    *RMSPROP.values(),
+    ADAGRAD,
+)

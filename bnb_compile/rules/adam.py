@@ -1,14 +1,16 @@
-"""Adam with decoupled weight decay.
+"""Adam with decoupled weight decay, and its variant AMSGrad.
 
-Kingma & Ba, https://arxiv.org/abs/1412.6980; Loshchilov & Hutter, https://arxiv.org/abs/1711.05101.
-The decay comes before the update and `eps` is added to the bias-corrected root, as in
-``torch.optim.AdamW``; bitsandbytes' ``Adam`` and ``AdamW`` are both this, with other defaults.
+Kingma & Ba, https://arxiv.org/abs/1412.6980; Loshchilov & Hutter, https://arxiv.org/abs/1711.05101; Reddi et
+al., https://arxiv.org/abs/1904.09237. The decay comes before the update and `eps` is added to the
+bias-corrected root, as in ``torch.optim.AdamW``; bitsandbytes' ``Adam`` and ``AdamW`` are both this, with
+other defaults.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .rule import Rule, State
@@ -27,13 +29,14 @@ class Hyper(NamedTuple):
 class Scalars(NamedTuple):
     """What all elements of a parameter share in one step."""
 
-    keep: Tensor  # what weight decay leaves of the parameter
+    keep: Tensor
     beta1: Tensor
     one_minus_beta1: Tensor
     beta2: Tensor
     one_minus_beta2: Tensor
     step_size: Tensor
     eps: Tensor
+    unit: Tensor
 
 
 def _scalars(h: Hyper, step: Tensor) -> Scalars:
@@ -47,22 +50,36 @@ def _scalars(h: Hyper, step: Tensor) -> Scalars:
         one_minus_beta2=1 - h.beta2,
         step_size=h.lr * correction2 / correction1,
         eps=h.eps * correction2,
+        unit=correction2 / correction1,
     )
 
 
-def _update(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: Scalars
-) -> tuple[Tensor, Tensor, Tensor]:
+def moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
+    """Both moments after a step."""
     exp_avg = s.beta1 * exp_avg + s.one_minus_beta1 * grad
     exp_avg_sq = s.beta2 * exp_avg_sq + s.one_minus_beta2 * grad * grad
-    param = s.keep * param - s.step_size * (exp_avg / (exp_avg_sq.sqrt() + s.eps))
-    return param, exp_avg, exp_avg_sq
+    return exp_avg, exp_avg_sq
 
 
-ADAM = Rule(
-    name="adam",
-    hyper=Hyper,
-    states=(State("exp_avg", signed=True), State("exp_avg_sq", signed=False)),
-    scalars=_scalars,
-    update=_update,
-)
+def direction(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: Scalars
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adam's update, before the bias correction of its size."""
+    exp_avg, exp_avg_sq = moments(grad, exp_avg, exp_avg_sq, s)
+    return exp_avg / (exp_avg_sq.sqrt() + s.eps), exp_avg, exp_avg_sq
+
+
+def direction_amsgrad(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor, s: Scalars
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `direction`, with the largest second moment so far."""
+    exp_avg, exp_avg_sq = moments(grad, exp_avg, exp_avg_sq, s)
+    max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
+    return exp_avg / (max_exp_avg_sq.sqrt() + s.eps), exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+STATES = (State("exp_avg", signed=True), State("exp_avg_sq", signed=False))
+STATES_AMSGRAD = (*STATES, State("max_exp_avg_sq", signed=False))
+
+ADAM = Rule("adam", Hyper, STATES, _scalars, direction)
+ADAM_AMSGRAD = Rule("adam_amsgrad", Hyper, STATES_AMSGRAD, _scalars, direction_amsgrad)

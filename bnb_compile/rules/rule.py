@@ -21,20 +21,29 @@ class Rule:
     """An optimization algorithm.
 
     Both functions are ordinary tensor code without branches, so that one text can be run on whole
-    tensors and printed into a kernel. What `update` gives for a zero parameter, gradient and state must
-    be zero states: kernels pad the last block of a parameter with zeros.
+    tensors and printed into a kernel. What `direction` gives for a zero parameter, gradient and state must
+    be zeros: kernels pad the last block of a parameter with zeros.
 
     Attributes:
         name: Lower case; part of the operators' names.
         hyper: NamedTuple of the numeric hyperparameters; its order is the order of a row of `hyper`.
         states: What is remembered for each element.
         scalars: ``(hyper, step) -> NamedTuple``: what the elements of a parameter share, such as bias
-            corrections. Arguments and results are float64 and broadcast; `step` counts from 1.
-        update: ``(param, grad, *states, scalars) -> (param, *states)``, float32 elementwise.
+            corrections. Arguments and results are float64 and broadcast; `step` counts from 1. Of its fields
+            the rule's user needs `keep`, what weight decay leaves of a parameter; `step_size`, see `update`;
+            and `unit`, which makes of a direction the update before the learning rate, whose norm a trust
+            ratio limits.
+        direction: ``(param, grad, *states, scalars) -> (direction, *states)``, float32 elementwise.
     """
 
     name: str
     hyper: type[Any]
     states: tuple[State, ...]
     scalars: Callable[[Any, Tensor], Any]
-    update: Callable[..., tuple[Tensor, ...]]
+    direction: Callable[..., tuple[Tensor, ...]]
+
+    def update(self, param: Tensor, grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        """``(param, grad, *states, scalars) -> (param, *states)``."""
+        scalars = rest[-1]
+        direction, *states = self.direction(param, grad, *rest)
+        return scalars.keep * param - scalars.step_size * direction, *states

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from ...ops import codebook
-from ...ops.step import GRAD_LIMIT, StepOp
+from ...ops.step import GRAD_LIMIT, Modes, StepOp
 from ...rules import Rule
-from ..printer import C_DOUBLE, C_VECTOR, trace, trace_rule, write
+from ..printer import C_DOUBLE, C_VECTOR, trace, trace_rule, trace_trust_ratio, write
 
 TYPES = {
     torch.float32: "float",
@@ -75,37 +75,65 @@ def _map(signed: bool) -> str:
     )
 
 
+def _indented(lines: Sequence[str]) -> list[str]:
+    return [f"    {line}" for line in lines]
+
+
 def print_rule(rule: Rule) -> str:
     """The rule as the struct that step.h is written for."""
     hyper, states = rule.hyper._fields, len(rule.states)
     traced = trace_rule(rule)
+    names = traced.scalar_names
     scalar_lines, scalars = write(traced.scalars, [*hyper, "step"], C_DOUBLE)
     arguments = ["param", "grad", *(f"state[{k}]" for k in range(states))]
-    arguments += [f"s[{k}]" for k in range(traced.scalar_count)]
-    lines, (param, *fresh) = write(traced.update, arguments, C_VECTOR)
+    arguments += [f"s[{k}]" for k in range(len(names))]
+
+
+    def function(graph: torch.fx.Graph, result: str) -> list[str]:
+        lines, (value, *fresh) = write(graph, arguments, C_VECTOR)
+        kept = [f"state[{k}] = {state};" for k, state in enumerate(fresh)]
+        return _indented([*lines, f"{result} = {value};", *kept])
+
+    signed = [str(state.signed).lower() for state in rule.states] or ["false"]
     return "\n".join(
         [
             "struct Rule {",
-            f"  static constexpr int STATES = {states}, HYPER = {len(hyper)}, SCALARS = {len(scalars)};",
-            "  static constexpr bool SIGNED[] = "
-            f"{{{', '.join(str(state.signed).lower() for state in rule.states)}}};",
+            f"  static constexpr int STATES = {states}, HYPER = {len(hyper)}, SCALARS = {len(names)};",
+            f"  static constexpr int STEP_SIZE = {names.index('step_size')}, UNIT = {names.index('unit')};",
+            f"  static constexpr bool SIGNED[] = {{{', '.join(signed)}}};",
             "  static inline void scalars(const double* hyper, double step, float* out) {",
-            *(f"    const double {name} = hyper[{k}];" for k, name in enumerate(hyper)),
-            *(f"    {line}" for line in scalar_lines),
-            *(f"    out[{k}] = (float)({value});" for k, value in enumerate(scalars)),
+            *_indented([f"const double {name} = hyper[{k}];" for k, name in enumerate(hyper)]),
+            *_indented(scalar_lines),
+            *_indented([f"out[{k}] = (float)({value});" for k, value in enumerate(scalars)]),
             "  }",
             "  static inline void update(V& param, const V& grad, V* state, const V* s) {",
-            *(f"    {line}" for line in lines),
-            f"    param = {param};",
-            *(f"    state[{k}] = {value};" for k, value in enumerate(fresh)),
+            *function(traced.update, "param"),
+            "  }",
+            "  static inline V direction(const V& param, const V& grad, V* state, const V* s) {",
+            *function(traced.direction, "const V direction"),
+            "    return direction;",
             "  }",
             "};",
         ]
     )
 
 
+def _print_modes(modes: Modes) -> str:
+    lines, (ratio,) = write(trace_trust_ratio(), ["max_unorm", "param_norm", "update_norm"], C_DOUBLE)
+    flags = {**modes._asdict(), "two_phases": modes.two_phases}
+    return "\n".join(
+        [
+            f"constexpr float GRAD_LIMIT = {GRAD_LIMIT!r}f;",
+            *(f"constexpr bool {name.upper()} = {str(on).lower()};" for name, on in flags.items()),
+            "inline double trust_ratio(double max_unorm, double param_norm, double update_norm) {",
+            *_indented([*lines, f"return {ratio};"]),
+            "}",
+        ]
+    )
+
+
 @functools.cache
-def _body(op: StepOp) -> str:
+def _body(op: StepOp, modes: Modes) -> str:
     maps = ["template <bool SIGNED>", "struct Map;", _map(True), _map(False)]
     return "\n".join(
         [
@@ -113,15 +141,21 @@ def _body(op: StepOp) -> str:
             *maps,
             _text("codebook.h"),
             print_rule(op.rule),
-            f"constexpr float GRAD_LIMIT = {GRAD_LIMIT!r}f;",
+            _print_modes(modes),
             _text("step.h"),
         ]
     )
 
 
-def arena_types(op: StepOp) -> list[str]:
-    """C++ types of the arguments after the parameters: the arenas, step and hyper."""
-    return [*(f"{TYPES[dtype]}*" for _, dtype in op.arenas), "float*", "const double*"]
+def state_arguments(op: StepOp, modes: Modes) -> dict[str, str]:
+    """Names and C++ types of the arguments after the parameters: the arenas, step, hyper and what modes bring."""
+    return {
+        **{name: f"{TYPES[dtype]}*" for name, dtype in op.arenas},
+        "step": "float*",
+        "hyper": "const double*",
+        **({"grad_scale": "const float*"} if modes.scaled else {}),
+        **({"max_unorm": "const float*"} if modes.trust else {}),
+    }
 
 
 def flat_strides(dims: Sequence[tuple[int, int]]) -> list[int]:
@@ -131,6 +165,7 @@ def flat_strides(dims: Sequence[tuple[int, int]]) -> list[int]:
 
 def kernel(
     op: StepOp,
+    modes: Modes,
     name: str,
     param_dtype: torch.dtype,
     grad_dtype: torch.dtype,
@@ -141,6 +176,7 @@ def kernel(
 
     Args:
         op: What it computes.
+        modes: What it is compiled for.
         name: Of the function, and of the namespace of everything else.
         param_dtype: Dtype of the parameters.
         grad_dtype: Dtype of the gradients.
@@ -148,18 +184,20 @@ def kernel(
         rows: Statements that leave ``const Parameter* rows`` and ``int64_t count``.
     """
     arenas = [name for name, _ in op.arenas]
-    declarations = [f"{t} {a}" for t, a in zip(arena_types(op), [*arenas, "step", "hyper"])]
+    declarations = [f"{type_} {argument}" for argument, type_ in state_arguments(op, modes).items()]
+    scale, limit = "grad_scale" if modes.scaled else "nullptr", "max_unorm" if modes.trust else "nullptr"
     if op.bits == 8:
         storage = f"Blockwise arena{{{{{', '.join(arenas[::2])}}}, {{{', '.join(arenas[1::2])}}}}};"
     else:
         storage = f"Full arena{{{{{', '.join(arenas)}}}}};"
     return _function(
         name,
-        _body(op),
+        _body(op, modes),
         f"{arguments}, {', '.join(declarations)}",
         f"""{rows}
   {storage}
-  update_bucket<{TYPES[param_dtype]}, {TYPES[grad_dtype]}>(rows, count, arena, step, hyper);""",
+  update_bucket<{TYPES[param_dtype]}, {TYPES[grad_dtype]}>(
+      rows, count, arena, step, hyper, {scale}, {limit});""",
     )
 
 

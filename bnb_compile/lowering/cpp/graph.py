@@ -19,11 +19,12 @@ class CppStepNode(AbstractStepNode):
         types = [
             *[f"{cpp.TYPES[self.param_dtype]}*"] * len(self.params),
             *[f"const {cpp.TYPES[self.grad_dtype]}*"] * len(self.present),
-            *cpp.arena_types(self.op),
+            *cpp.state_arguments(self.op, self.modes).values(),
         ]
         name = f"cpp_{self.op.name}_{wrapper.next_kernel_suffix()}"
         function = function_name(name)
-        source = cpp.kernel(self.op, function, self.param_dtype, self.grad_dtype, *self._rows(types))
+        dtypes = self.param_dtype, self.grad_dtype
+        source = cpp.kernel(self.op, self.modes, function, *dtypes, *self._rows(types))
         call_kernel(wrapper, name, source, types, self)
 
     def _rows(self, types: Sequence[str]) -> tuple[str, str]:

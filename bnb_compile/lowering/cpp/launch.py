@@ -15,24 +15,25 @@ import torch
 from torch import Tensor
 
 from ...ops.arena import layout
-from ...ops.step import StepOp
+from ...ops.step import Arguments, Modes, StepOp
 from .. import cpp
 from .._inductor import CppPythonBindingsCodeCache
 from ..node import describe_strides
 
 
 @functools.cache
-def compile_kernel(op: StepOp, param_dtype: torch.dtype, grad_dtype: torch.dtype) -> Any:
-    """The kernel ``(table, count, *arenas, step, hyper)`` for these dtypes on the CPU."""
+def compile_kernel(op: StepOp, modes: Modes, param_dtype: torch.dtype, grad_dtype: torch.dtype) -> Any:
+    """The kernel ``(table, count, *arenas, step, hyper, ...)`` for these dtypes on the CPU."""
     source = cpp.kernel(
         op,
+        modes,
         "kernel",
         param_dtype,
         grad_dtype,
         "const int64_t* table, int64_t count",
         "const Parameter* rows = (const Parameter*)table;",
     )
-    types = ["const int64_t*", "int64_t", *cpp.arena_types(op)]
+    types = ["const int64_t*", "int64_t", *cpp.state_arguments(op, modes).values()]
     return CppPythonBindingsCodeCache.load_pybinding(types, source)
 
 
@@ -45,13 +46,22 @@ class CompiledStep:
         arenas: Their states.
         step: ``(n,)`` float32.
         hyper: ``(n, h)`` float64.
+        options: The operator's keyword arguments.
     """
 
     def __init__(
-        self, op: StepOp, params: list[Tensor], arenas: list[Tensor], step: Tensor, hyper: Tensor
+        self,
+        op: StepOp,
+        params: list[Tensor],
+        arenas: list[Tensor],
+        step: Tensor,
+        hyper: Tensor,
+        **options: Any,
     ) -> None:
         self.op, self.params = op, params
-        self.state = (*arenas, step, hyper)
+        arguments = Arguments(params, [], arenas, step, hyper, **options)
+        self.modes = arguments.modes(op)
+        self.state = arguments.tensors
         slots = layout(param.numel() for param in params).slots
         # A row is `struct Parameter` of step.h.
         self.table = _integers([[0, 0, s.numel, s.offset, s.block, 0, 0] for s in slots])
@@ -77,7 +87,7 @@ class CompiledStep:
         self.pointers.copy_(_integers(pointers).view(-1, 2))
         if not contiguous or self.strides:
             self._describe_strides(grads)
-        kernel = compile_kernel(self.op, self.params[0].dtype, dtype)
+        kernel = compile_kernel(self.op, self.modes, self.params[0].dtype, dtype)
         kernel(self.table, len(self.params), *self.state)
         # As after any write in place, so that autograd notices if it still needs the old values.
         torch.autograd.graph.increment_version(self.params)

@@ -35,18 +35,9 @@ void norms(const Operand* xs, int64_t count, float* out) {
   int64_t total = 0;
   for (int64_t k = 0; k < count; k++) total += chunks(k);
   std::vector<double> sums(total);
-  const int threads = (int)std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), total / 8));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    const int64_t team = omp_get_num_threads(), member = omp_get_thread_num();
-    const int64_t begin = total * member / team, end = total * (member + 1) / team;
-    int64_t passed = 0;
-    for (int64_t k = 0; k < count && passed < end; k++) {
-      for (int64_t c = std::max(begin, passed); c < std::min(end, passed + chunks(k)); c++)
-        sums[c] = sum_of_squares<T>(xs[k], c - passed);
-      passed += chunks(k);
-    }
-  }
+  share_out(count, 8, chunks, [&](int64_t k, int64_t from, int64_t to, int64_t passed) {
+    for (int64_t c = from; c < to; c++) sums[passed + c] = sum_of_squares<T>(xs[k], c);
+  });
   int64_t next = 0;
   for (int64_t k = 0; k < count; k++) {
     double sum = 0;

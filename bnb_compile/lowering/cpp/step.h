@@ -2,9 +2,11 @@
 //
 // Printed before this text: struct Rule with
 //   STATES, HYPER, SCALARS, SIGNED[STATES]
-//   scalars(hyper, step, out)      what the elements of a parameter share
-//   update(param, grad, state, s)  the update of LANES elements; param and state are replaced
-// and GRAD_LIMIT of ops/step.py
+//   STEP_SIZE, UNIT                   which scalars these are
+//   scalars(hyper, step, out)         what the elements of a parameter share
+//   update(param, grad, state, s)     the update of LANES elements; param and state are replaced
+//   direction(param, grad, state, s)  returns the direction; state is replaced
+// GRAD_LIMIT and the Modes of ops/step.py, and trust_ratio(max_unorm, param_norm, update_norm)
 
 // A parameter of the bucket; Python fills an int64 row of the same fields.
 struct Parameter {
@@ -25,18 +27,45 @@ inline float largest(const V& value) {
 
 // Whether all of a block's gradients are below the limit, and none is NaN.
 template <class G>
-inline bool usable(const G* grad) {
-  const V to_infinity((float)(0x1p128 / GRAD_LIMIT));
+inline bool all_usable(const G* grad, const V& scale) {
+  if constexpr (SKIP_ZEROS) return false;  // each is looked at then
+  const V to_infinity = (SCALED ? scale : V(1.f)) * V((float)(0x1p128 / GRAD_LIMIT));
   V bad(0.f);  // zero, or NaN from 0 * infinity
   for (int i = 0; i < BLOCK; i += LANES)
     bad = at::vec::fmadd(read(grad + i) * to_infinity, V(0.f), bad);
   return bad.zero_mask() == (1 << LANES) - 1;
 }
 
+// All bits of the lanes whose gradient is used.
+inline V usable(const V& grad) {
+  const V below = grad.abs() < V(GRAD_LIMIT);
+  if constexpr (SKIP_ZEROS) return below & (grad != V(0.f));
+  return below;
+}
+
+// Of a block, and then of a parameter: what its update must know beforehand.
+struct Measured {
+  double update = 0, param = 0;  // sums of squares
+  float absmax[Rule::STATES + 1] = {};
+
+  void add(const Measured& other) {
+    update += other.update;
+    param += other.param;
+    for (int s = 0; s < Rule::STATES; s++) absmax[s] = std::max(absmax[s], other.absmax[s]);
+  }
+};
+
+inline float sum(const V& value) {
+  float lanes[LANES], total = 0;
+  value.store(lanes);
+  for (float lane : lanes) total += lane;
+  return total;
+}
+
 // 8-bit states: codes and one scale for each block.
 struct Blockwise {
-  uint8_t* codes[Rule::STATES];
-  float* absmax[Rule::STATES];
+  uint8_t* codes[Rule::STATES + 1];
+  float* absmax[Rule::STATES + 1];
 
   template <int s>
   struct Buffer {
@@ -52,7 +81,7 @@ struct Blockwise {
     uint8_t* const codes;
     float* const fresh;
     const V scale;
-    V high{0.f};
+    V high{0.f};  // largest magnitudes
 
     State(const Blockwise& arena, Buffer<s>& buffer, int64_t first, int64_t block, int count)
         : codes(buffer.staged.in(arena.codes[s] + first, nullptr, 0, count, C::ZERO)),
@@ -61,12 +90,20 @@ struct Blockwise {
     inline V decode(int i) const {
       return codec.decode(codes + i) * scale;
     }
-    inline void keep(int i, const V& value) {
-      value.store(fresh + i);
+    inline void measure(const V& value) {
       high = at::vec::clamp_min(high, Rule::SIGNED[s] ? value.abs() : value);
     }
-    void out(const Blockwise& arena, Buffer<s>& buffer, int64_t first, int64_t block, int count) {
-      float absmax = largest(high);
+    inline float absmax() const {
+      return largest(high);
+    }
+    inline void keep(int i, const V& value) {
+      value.store(fresh + i);
+      if constexpr (BLOCK_WISE) measure(value);
+    }
+    void out(
+        const Blockwise& arena, Buffer<s>& buffer, int64_t first, int64_t block, int count,
+        const Measured& whole) {
+      float absmax = BLOCK_WISE ? this->absmax() : whole.absmax[s];
       if (absmax < std::numeric_limits<float>::min()) absmax = 0.f;  // as ops/blockwise.py
       absmax = std::min(absmax, std::numeric_limits<float>::max());
       arena.absmax[s][block] = absmax;
@@ -78,7 +115,7 @@ struct Blockwise {
 
 // 32-bit states.
 struct Full {
-  float* state[Rule::STATES];
+  float* state[Rule::STATES + 1];
 
   template <int s>
   using Buffer = Staged<float>;
@@ -92,19 +129,25 @@ struct Full {
     inline V decode(int i) const {
       return V::loadu(values + i);
     }
+    inline void measure(const V&) {}
+    inline float absmax() const {
+      return 0.f;
+    }
     inline void keep(int i, const V& value) {
       value.store(values + i);
     }
-    void out(const Full& arena, Buffer<s>& buffer, int64_t first, int64_t, int count) {
+    void out(
+        const Full& arena, Buffer<s>& buffer, int64_t first, int64_t, int count, const Measured&) {
       buffer.out(arena.state[s] + first, nullptr, 0, count);
     }
   };
 };
 
-template <class P, class G, class Storage, int... S>
-void update_block(
-    const Parameter& parameter, const Storage& arena, int64_t b, const float* shared,
-    std::integer_sequence<int, S...>) {
+// Updates block b of a parameter; or, if MEASURE, only finds out about it.
+template <bool MEASURE, class P, class G, class Storage, int... S>
+Measured update_block(
+    const Parameter& parameter, const Storage& arena, int64_t b, const float* shared, float grad_scale,
+    const Measured& whole, std::integer_sequence<int, S...>) {
   const int64_t first = b * BLOCK, offset = parameter.offset + first, scale = parameter.block + b;
   const int count = (int)std::min<int64_t>(BLOCK, parameter.numel - first);
   Staged<P> staged_param;
@@ -119,63 +162,96 @@ void update_block(
 
   V s[Rule::SCALARS];
   for (int k = 0; k < Rule::SCALARS; k++) s[k] = V(shared[k]);
+  const V of_grad(grad_scale);
+  V update_squares(0.f), param_squares(0.f);
   const auto update = [&](auto checked) {
     for (int i = 0; i < BLOCK; i += LANES) {
       const V old_param = read(param + i);
-      const V old[] = {std::get<S>(states).decode(i)...};
-      V fresh[] = {old[S]...};
+      const V old[] = {std::get<S>(states).decode(i)..., V(0.f)};
+      V fresh[] = {old[S]..., V(0.f)};
       V fresh_param = old_param;
-      const V grad_f32 = read(grad + i);
-      Rule::update(fresh_param, grad_f32, fresh, s);
+      const V grad_f32 = SCALED ? read(grad + i) * of_grad : read(grad + i);
+      V direction;
+      if constexpr (MEASURE && TRUST) {
+        direction = Rule::direction(old_param, grad_f32, fresh, s);
+      } else {
+        Rule::update(fresh_param, grad_f32, fresh, s);
+      }
       if constexpr (checked) {
-        const V keep = grad_f32.abs() < V(GRAD_LIMIT);
+        const V keep = usable(grad_f32);
         fresh_param = V::blendv(old_param, fresh_param, keep);
+        direction = V::blendv(V(0.f), direction, keep);
         ((fresh[S] = V::blendv(old[S], fresh[S], keep)), ...);
       }
-      write(fresh_param, param + i);
-      (std::get<S>(states).keep(i, fresh[S]), ...);
+      if constexpr (MEASURE) {
+        update_squares = at::vec::fmadd(direction, direction, update_squares);
+        param_squares = at::vec::fmadd(old_param, old_param, param_squares);
+        (std::get<S>(states).measure(fresh[S]), ...);
+      } else {
+        write(fresh_param, param + i);
+        (std::get<S>(states).keep(i, fresh[S]), ...);
+      }
     }
   };
   // Elements with an unusable gradient stay as they are; most blocks have none and need no check of each.
-  if (usable(grad)) {
+  if (all_usable(grad, of_grad)) {
     update(std::false_type());
   } else {
     update(std::true_type());
   }
-  staged_param.out(data, parameter.data_strides, first, count);
-  (std::get<S>(states).out(arena, std::get<S>(buffers), offset, scale, count), ...);
+  Measured found;
+  if constexpr (MEASURE) {
+    found.update = TRUST ? sum(update_squares) : 0.f;
+    found.param = sum(param_squares);
+    ((found.absmax[S] = std::get<S>(states).absmax()), ...);
+  } else {
+    staged_param.out(data, parameter.data_strides, first, count);
+    (std::get<S>(states).out(arena, std::get<S>(buffers), offset, scale, count, whole), ...);
+  }
+  return found;
 }
 
 template <class P, class G, class Storage>
 void update_bucket(
     const Parameter* parameters, int64_t count, const Storage& arena, float* step,
-    const double* hyper) {
+    const double* hyper, const float* grad_scale, const float* max_unorm) {
+  constexpr auto STATES = std::make_integer_sequence<int, Rule::STATES>();
+  const auto scale = [&](int64_t k) { return SCALED ? grad_scale[k] : 1.f; };
   const auto blocks = [&](int64_t k) {
-    return parameters[k].grad ? (parameters[k].numel + BLOCK - 1) / BLOCK : 0;
+    const bool active = parameters[k].grad && (!SCALED || std::isfinite(scale(k)));
+    return active ? (parameters[k].numel + BLOCK - 1) / BLOCK : 0;
   };
-  int64_t total = 0;
-  for (int64_t k = 0; k < count; k++) {
-    total += blocks(k);
-    if (parameters[k].grad) step[k] += 1.f;
+  for (int64_t k = 0; k < count; k++)
+    if (parameters[k].grad && (!SCALED || std::isfinite(scale(k)))) step[k] += 1.f;
+
+  std::vector<Measured> whole(TWO_PHASES ? count : 1);
+  if constexpr (TWO_PHASES) {
+    int64_t total = 0;
+    for (int64_t k = 0; k < count; k++) total += blocks(k);
+    std::vector<Measured> found(total);
+    share_out(count, 64, blocks, [&](int64_t k, int64_t from, int64_t to, int64_t passed) {
+      float shared[Rule::SCALARS];
+      Rule::scalars(hyper + k * Rule::HYPER, step[k], shared);
+      for (int64_t b = from; b < to; b++)
+        found[passed + b] =
+            update_block<true, P, G>(parameters[k], arena, b, shared, scale(k), whole[k], STATES);
+    });
+    const Measured* next = found.data();
+    for (int64_t k = 0; k < count; k++)
+      for (int64_t b = 0; b < blocks(k); b++) whole[k].add(*next++);
   }
+
   // A thread is worth waking for some 10 microseconds of work.
-  const int threads = (int)std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), total / 64));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    const int64_t team = omp_get_num_threads(), member = omp_get_thread_num();
-    const int64_t begin = total * member / team, end = total * (member + 1) / team;
-    int64_t passed = 0;
-    for (int64_t k = 0; k < count && passed < end; k++) {
-      const int64_t from = std::max(begin, passed) - passed;
-      const int64_t to = std::min(end - passed, blocks(k));
-      if (from < to) {
-        float shared[Rule::SCALARS];
-        Rule::scalars(hyper + k * Rule::HYPER, step[k], shared);
-        for (int64_t b = from; b < to; b++)
-          update_block<P, G>(
-              parameters[k], arena, b, shared, std::make_integer_sequence<int, Rule::STATES>());
-      }
-      passed += blocks(k);
+  share_out(count, 64, blocks, [&](int64_t k, int64_t from, int64_t to, int64_t) {
+    float shared[Rule::SCALARS];
+    Rule::scalars(hyper + k * Rule::HYPER, step[k], shared);
+    const Measured& all = whole[TWO_PHASES ? k : 0];
+    if constexpr (TRUST) {
+      const double unit = shared[Rule::UNIT];
+      shared[Rule::STEP_SIZE] *=
+          trust_ratio(max_unorm[k], std::sqrt(all.param), unit * std::sqrt(all.update));
     }
-  }
+    for (int64_t b = from; b < to; b++)
+      update_block<false, P, G>(parameters[k], arena, b, shared, scale(k), all, STATES);
+  });
 }

@@ -63,3 +63,25 @@ struct Staged {
     }
   }
 };
+
+// Divides the chunks of many tensors among threads: calls visit(k, from, to, passed) for chunks `from` to `to` of
+// tensor k, which has chunks(k), after `passed` chunks of the tensors before it. A thread is worth waking for
+// `least` chunks.
+template <class Chunks, class Visit>
+inline void share_out(int64_t count, int64_t least, const Chunks& chunks, const Visit& visit) {
+  int64_t total = 0;
+  for (int64_t k = 0; k < count; k++) total += chunks(k);
+  const int threads = (int)std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), total / least));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const int64_t team = omp_get_num_threads(), member = omp_get_thread_num();
+    const int64_t begin = total * member / team, end = total * (member + 1) / team;
+    int64_t passed = 0;
+    for (int64_t k = 0; k < count && passed < end; k++) {
+      const int64_t from = std::max(begin, passed) - passed;
+      const int64_t to = std::min(end - passed, chunks(k));
+      if (from < to) visit(k, from, to, passed);
+      passed += chunks(k);
+    }
+  }
+}

@@ -9,48 +9,44 @@ import torch
 
 from ...ops.arena import layout
 from ...ops.blockwise import dynamic_map
-from ...ops.step import StepOp
+from ...ops.step import Arguments, StepOp
 from .. import _inductor, triton
 from .._inductor import DeviceProperties, V
 from ..node import AbstractKernelNode, AbstractStepNode, empty, static_numel
 from ..printer import trace_rule
-from .plan import Launch, plan
+from .plan import Launch, plan, spans
 
-def lower_triton_step(
-    op: StepOp, params: Sequence[Any], grads: Sequence[Any], state: Sequence[Any], hyper: Any
-) -> None:
-    """Lower a step operator: a prepare kernel, and one or two step kernels whatever the number of parameters."""
-    device = params[0].get_device()
-    present = torch.tensor([int(grad is not None) for grad in grads])
-    n, count = len(params), trace_rule(op.rule).scalar_count
-    written = [empty([n, 2], torch.int64, device), empty([n, count], torch.float32, device)]
-    launches = _plan(params, grads, device)
-    constants = [present]
+
+def lower_triton_step(op: StepOp, a: Arguments) -> None:
+    """Lower a step operator: a few launches whatever the number of parameters."""
+    device, n = a.params[0].get_device(), len(a.params)
+    launches = _plan(a.params, a.grads, device)
+    written = [
+        empty([n, 2], torch.int64, device),
+        empty([n, len(trace_rule(op.rule).scalar_names)], torch.float32, device),
+    ]
+    constants = [torch.tensor([int(grad is not None) for grad in a.grads])]
+    if a.modes(op).two_phases:
+        programs, columns = sum(len(launch.owner) for launch in launches), triton.measured_columns(op)
+        written += [empty([max(programs, 1), 1 + columns], torch.float32, device)]
+        written += [empty([n, columns], torch.float32, device)]
+        constants.append(spans(launches, n))
     for launch in launches:
         constants += launch.tables
     maps = []
     if op.bits == 8:
         maps = [dynamic_map(kind.signed, torch.device("cpu")).values for kind in op.rule.states]
-    read = [hyper, *(_inductor.constant(x, device) for x in (*constants, *maps))]
-    TritonStepNode(op, params, grads, state, written, read, launches)
+    read = [_inductor.constant(x, device) for x in (*constants, *maps)]
+    TritonStepNode(op, a, written, read, launches)
 
 
 def lower_triton_norms(xs: Sequence[Any], out: Any) -> None:
     """Lower tensor_norms: the addresses, sums of squares of parts of all tensors, and their norms."""
     device = xs[0].get_device()
     launches = _plan(xs, xs, device, triton.SUM_BLOCKS)
-    programs = [launch.owner for launch in launches]
-    # The sums of a tensor, all of one launch, follow one another.
-    counts = torch.zeros(len(xs), dtype=torch.int64, device="cpu")
-    first = torch.zeros(len(xs), dtype=torch.int64, device="cpu")
-    passed = 0
-    for owner in programs:
-        members, sizes = owner.unique_consecutive(return_counts=True)
-        counts[members.long()] = sizes
-        first[members.long()] = passed + sizes.cumsum(0) - sizes
-        passed += len(owner)
-    written = [empty([len(xs), 2], torch.int64, device), empty([max(passed, 1)], torch.float32, device), out]
-    tables = [torch.stack([first, first + counts], 1), *(t for launch in launches for t in launch.tables)]
+    programs = sum(len(launch.owner) for launch in launches)
+    written = [empty([len(xs), 2], torch.int64, device), empty([max(programs, 1)], torch.float32, device), out]
+    tables = [spans(launches, len(xs)), *(t for launch in launches for t in launch.tables)]
     read = [_inductor.constant(t, device) for t in tables]
     TritonNormsNode(xs, written, read, launches)
 
@@ -87,39 +83,72 @@ class TritonStepNode(AbstractStepNode):
 
     def codegen(self, wrapper: Any) -> None:
         """Print the kernels and their calls."""
-        op, n = self.op, len(self.params)
+        op, modes, n = self.op, self.modes, len(self.params)
         *arenas, step = self.state
-        addresses, shared = self.written
-        hyper, present, *tables = self.read
-        maps = tables[len(tables) - (len(op.rule.states) if op.bits == 8 else 0) :]
+        addresses, shared, *phases = self.written
+        hyper, *others = self.read
+        scale = [others.pop(0)] if modes.scaled else []
+        limit = [others.pop(0)] if modes.trust else []
+        present, *others = others
+        bounds = [others.pop(0)] if modes.two_phases else []
+        maps = [others.pop() for _ in op.rule.states][::-1] if op.bits == 8 else []
+        tables = [[others.pop(0) for _ in launch.tables] for launch in self.launches]
 
         places = [(f"p{k}", 2 * k) for k in range(n)]
         places += [(f"g{k}", 2 * k + 1) for k, grad in enumerate(self.grads) if grad is not None]
         operands = list(zip(places, [*self.params, *self.present]))
         own, later = operands[: triton.MOST_ADDRESSES], operands[triton.MOST_ADDRESSES :]
         _write_addresses(wrapper, later, addresses)
-        name = f"triton_{op.name}_prepare_{wrapper.next_kernel_suffix()}"
+
+        def name(part: str) -> str:
+            return f"triton_{op.name}{part}_{wrapper.next_kernel_suffix()}"
+
+        prepare = name("_prepare")
         _call(
             wrapper,
-            name,
-            triton.prepare_kernel(op, name, [place for place, _ in own]),
+            prepare,
+            triton.prepare_kernel(op, modes, prepare, [place for place, _ in own]),
             {a: x.get_dtype() for (a, _), x in own},
-            {"addresses": torch.int64, **triton.prepare_arguments()},
-            [*(x for _, x in own), addresses, present, step, hyper, shared],
+            {"addresses": torch.int64, **triton.prepare_arguments(modes)},
+            [*(x for _, x in own), addresses, present, step, hyper, shared, *scale],
             programs=-(-n // triton.PREPARE),
             count=n,
         )
-        rest = iter(tables)
-        for launch in self.launches:
-            name = f"triton_{op.name}_{wrapper.next_kernel_suffix()}"
-            tables = [next(rest) for _ in launch.tables]
+        dtypes = self.param_dtype, self.grad_dtype
+        if modes.two_phases:
+            found, measured = phases
+            base = 0
+            for launch, own_tables in zip(self.launches, tables):
+                measure = name("_measure")
+                _call(
+                    wrapper,
+                    measure,
+                    triton.measure_kernel(op, modes, measure, *dtypes, launch.variant, base),
+                    {},
+                    triton.step_arguments(op, modes, launch.variant, measure=True),
+                    [addresses, *own_tables, *arenas, *maps, shared, *scale, found],
+                    programs=len(launch.owner),
+                )
+                base += len(launch.owner)
+            finish = name("_finish")
             _call(
                 wrapper,
-                name,
-                triton.step_kernel(op, name, self.param_dtype, self.grad_dtype, launch.variant),
+                finish,
+                triton.finish_kernel(op, modes, finish),
                 {},
-                triton.step_arguments(op, launch.variant),
-                [addresses, *tables, *arenas, *maps, shared],
+                triton.finish_arguments(modes),
+                [found, *bounds, shared, *limit, measured],
+                programs=n,
+            )
+        for launch, own_tables in zip(self.launches, tables):
+            update = name("")
+            _call(
+                wrapper,
+                update,
+                triton.step_kernel(op, modes, update, *dtypes, launch.variant),
+                {},
+                triton.step_arguments(op, modes, launch.variant),
+                [addresses, *own_tables, *arenas, *maps, shared, *scale, *phases[1:]],
                 programs=len(launch.owner),
             )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ...ops.arena import layout
 from ...ops.blockwise import dynamic_map
-from ...ops.step import StepOp
+from ...ops.step import Arguments, Modes, StepOp
 from .. import triton
 from .._inductor import PyCodeCache
 from ..printer import trace_rule
-from .plan import Launch, plan
+from .plan import Launch, plan, spans
 
 
 def _load(source: str, name: str) -> Any:
@@ -23,15 +23,15 @@ def _load(source: str, name: str) -> Any:
 
 
 @functools.cache
-def _step_kernel(
-    op: StepOp, param_dtype: torch.dtype, grad_dtype: torch.dtype, variant: triton.Variant
-) -> Any:
-    return _load(triton.step_kernel(op, "step_kernel", param_dtype, grad_dtype, variant), "step_kernel")
+def _kernel(print_kernel: Callable[..., str], *args: Any) -> Any:
+    """A step or measure kernel."""
+    op, modes, *rest = args
+    return _load(print_kernel(op, modes, "kernel", *rest), "kernel")
 
 
 @functools.cache
-def _prepare_kernel(op: StepOp) -> Any:
-    return _load(triton.prepare_kernel(op, "prepare_kernel", present_stride=2), "prepare_kernel")
+def _prepare_kernel(op: StepOp, modes: Modes) -> Any:
+    return _load(triton.prepare_kernel(op, modes, "prepare_kernel", present_stride=2), "prepare_kernel")
 
 
 @functools.cache
@@ -42,7 +42,8 @@ def _numbers_kernel() -> Any:
 class TritonStep:
     """The compiled step of one bucket on a GPU.
 
-    Two launches, or three if the bucket has tensors whose accesses cannot all be vectors. Nothing
+    Two launches, or three if the bucket has tensors whose accesses cannot all be vectors; where a step must first
+    know whole parameters, two or three more. Nothing
     synchronises; while the tensors stay where they are, nothing is copied to the device either.
 
     Args:
@@ -51,18 +52,29 @@ class TritonStep:
         arenas: Their states.
         step: ``(n,)`` float32.
         hyper: ``(n, h)`` float64.
+        options: The operator's keyword arguments.
     """
 
     def __init__(
-        self, op: StepOp, params: list[Tensor], arenas: list[Tensor], step: Tensor, hyper: Tensor
+        self,
+        op: StepOp,
+        params: list[Tensor],
+        arenas: list[Tensor],
+        step: Tensor,
+        hyper: Tensor,
+        **options: Any,
     ) -> None:
         self.op, self.params, self.arenas = op, params, arenas
         self.step, self.hyper = step, hyper
+        arguments = Arguments(params, [], arenas, step, hyper, **options)
+        self.modes = arguments.modes(op)
+        self.scale = [arguments.grad_scale] if self.modes.scaled else []
+        self.limit = [arguments.max_unorm] if self.modes.trust else []
         self.device = step.device
         self.places = layout(param.numel() for param in params)
         self.addresses = torch.zeros(len(params), 2, dtype=torch.int64, device=self.device)
         self.shared = torch.empty(
-            len(params), trace_rule(op.rule).scalar_count, dtype=torch.float32, device=self.device
+            len(params), len(trace_rule(op.rule).scalar_names), dtype=torch.float32, device=self.device
         )
         self.maps = []
         if op.bits == 8:
@@ -71,6 +83,7 @@ class TritonStep:
         self._captured: list[Any] = []  # tables of launches that a CUDA graph has captured
         self._planned: Any = None  # what the launches depend on
         self._launches: list[tuple[Launch, list[Tensor]]] = []
+        self._phases: tuple[Tensor, ...] = ()  # spans, and what the measuring kernels find
 
     def __call__(self, grads: Sequence[Tensor | None]) -> None:
         """Update the parameters that have a gradient; all gradients have one dtype."""
@@ -80,14 +93,25 @@ class TritonStep:
         (grad_dtype,) = dtypes
         self._plan(grads)
         self._upload(grads)
-        n = len(self.params)
-        _prepare_kernel(self.op)[(-(-n // triton.PREPARE),)](
-            self.addresses[:, 1], self.step, self.hyper, self.shared, n
+        n, op, modes = len(self.params), self.op, self.modes
+        _prepare_kernel(op, modes)[(-(-n // triton.PREPARE),)](
+            self.addresses[:, 1], self.step, self.hyper, self.shared, *self.scale, n
         )
+        common = [*self.arenas, *self.maps, self.shared, *self.scale]
+        kind = self.params[0].dtype, grad_dtype
+        measured = []
+        if modes.two_phases:
+            spans, found, of_param = self._phases
+            measured, base = [of_param], 0
+            for launch, tables in self._launches:
+                kernel = _kernel(triton.measure_kernel, op, modes, *kind, launch.variant, base)
+                kernel[(len(launch.owner),)](self.addresses, *tables, *common, found, num_warps=triton.WARPS)
+                base += len(launch.owner)
+            _kernel(triton.finish_kernel, op, modes)[(n,)](found, spans, self.shared, *self.limit, *measured)
         for launch, tables in self._launches:
-            kernel = _step_kernel(self.op, self.params[0].dtype, grad_dtype, launch.variant)
+            kernel = _kernel(triton.step_kernel, op, modes, *kind, launch.variant)
             kernel[(len(launch.owner),)](
-                self.addresses, *tables, *self.arenas, *self.maps, self.shared, num_warps=triton.WARPS
+                self.addresses, *tables, *common, *measured, num_warps=triton.WARPS
             )
         torch.autograd.graph.increment_version(self.params)
 
@@ -101,7 +125,7 @@ class TritonStep:
             # The graph writes them itself, at every replay: a copy would be from host memory that has changed
             # by then. What it reads must outlive it, and what it leaves is not known here.
             self._write(addresses)
-            self._captured.append(self._launches)
+            self._captured += [self._launches, self._phases]
             return
         if addresses == self._uploaded and not self._captured:
             return
@@ -141,3 +165,10 @@ class TritonStep:
         self._launches = [
             (launch, [table.to(self.device) for table in launch.tables]) for launch in launches
         ]
+        if self.modes.two_phases:
+            programs, columns = sum(len(launch.owner) for launch in launches), triton.measured_columns(self.op)
+            self._phases = (
+                spans(launches, len(pairs)).to(self.device),
+                self.shared.new_empty(programs, 1 + columns),
+                self.shared.new_empty(len(pairs), columns),
+            )

@@ -87,6 +87,19 @@ def plan(
     return launches
 
 
+def spans(launches: Sequence[Launch], count: int) -> Tensor:
+    """Where the programs of each of `count` tensors begin and end, counted through all launches: (count, 2) int64."""
+    table = torch.zeros(count, 2, dtype=torch.int64, device="cpu")
+    passed = 0
+    for launch in launches:
+        # The programs of a tensor, all of one launch, follow one another.
+        members, sizes = launch.owner.unique_consecutive(return_counts=True)
+        ends = passed + sizes.cumsum(0)
+        table[members.long()] = torch.stack([ends - sizes, ends], 1)
+        passed += len(launch.owner)
+    return table
+
+
 def _padded(dims: Sequence[tuple[int, int]], count: int) -> list[list[int]]:
     filled = [(1, 0)] * (count - len(dims)) + list(dims)[-count:]
     return [[n for n, _ in filled], [s for _, s in filled]]
