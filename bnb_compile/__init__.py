@@ -1,4 +1,5 @@
 """8-bit optimizers for compiled PyTorch training, with bitsandbytes' names."""
 
+from . import convert as convert
 from . import functional as functional
 from . import optim as optim

@@ -21,6 +21,9 @@ from .ademamix import AdEMAMix32bit as AdEMAMix32bit
 from .ademamix import PagedAdEMAMix as PagedAdEMAMix
 from .ademamix import PagedAdEMAMix8bit as PagedAdEMAMix8bit
 from .ademamix import PagedAdEMAMix32bit as PagedAdEMAMix32bit
+from .adopt import ADOPT as ADOPT
+from .adopt import ADOPT8bit as ADOPT8bit
+from .adopt import ADOPT32bit as ADOPT32bit
 from .lamb import LAMB as LAMB
 from .lamb import LAMB8bit as LAMB8bit
 from .lamb import LAMB32bit as LAMB32bit

@@ -127,8 +127,12 @@ def read_state(rule: Rule, key: Any, param: Tensor, saved: dict[str, Any]) -> Sa
         if values.is_floating_point():
             moments.append(SavedMoment(values, values, values))
             continue
-        moment = SavedMoment(values, tensor(f"absmax{i}"), tensor(f"qmap{i}"))
         blocks = [-(-values.numel() // size) for size in (BLOCK, _OLD_BLOCK)]
+        if f"absmax{i}" in saved or f"max{i}" not in saved:
+            absmax = tensor(f"absmax{i}")
+        else:  # bitsandbytes up to 0.49 with block_wise=False
+            absmax = tensor(f"max{i}").float().expand(blocks[0])
+        moment = SavedMoment(values, absmax, tensor(f"qmap{i}"))
         if values.dtype != torch.uint8 or moment.qmap.numel() != 256 or moment.absmax.numel() not in blocks:
             raise ValueError(
                 f"{where}: state{i} is {values.dtype} with {moment.absmax.numel()} scales and a map of "

@@ -4,6 +4,7 @@ from .adagrad import ADAGRAD as ADAGRAD
 from .adam import ADAM as ADAM
 from .adam import ADAM_AMSGRAD as ADAM_AMSGRAD
 from .ademamix import ADEMAMIX as ADEMAMIX
+from .adopt import ADOPT as ADOPT
 from .lamb import LAMB as LAMB
 from .lamb import LAMB_AMSGRAD as LAMB_AMSGRAD
 from .lion import LION as LION
@@ -25,4 +26,5 @@ ALL = (
     SGD_PLAIN,
     *RMSPROP.values(),
     ADAGRAD,
+    ADOPT,
 )

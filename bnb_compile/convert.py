@@ -1,0 +1,126 @@
+"""Continue a run of ``torch.optim`` here, or one from here there.
+
+AdamW, Adam without weight decay, SGD, RMSprop and Adagrad have counterparts on both sides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops.arena import BLOCK
+from .ops.blockwise import dequantize
+from .optim import Optimizer8bit
+from .rules import Rule
+
+#: torch's class for each family, and what it calls our `betas`; None if it has `betas` itself.
+_COUNTERPARTS: dict[str, tuple[type[torch.optim.Optimizer], tuple[str, ...] | None]] = {
+    "adam": (torch.optim.AdamW, None),
+    "momentum": (torch.optim.SGD, ("momentum", "dampening")),
+    "rmsprop": (torch.optim.RMSprop, ("alpha", "momentum")),
+    "adagrad": (torch.optim.Adagrad, ()),
+}
+
+
+def from_torch(optimizer: Optimizer8bit, state_dict: dict[str, Any]) -> None:
+    """Load the state of a ``torch.optim`` optimizer.
+
+    Args:
+        optimizer: Of the same algorithm, with as many groups and parameters. 32-bit states are copied, 8-bit
+            states quantised.
+        state_dict: What ``state_dict`` of the ``torch.optim`` optimizer returned; it is not changed.
+
+    Raises:
+        ValueError: If it does not fit, or has an option that does not exist here; the optimizer is left as it
+            was then.
+    """
+    _, betas = _counterpart(optimizer)
+    groups = [_group_from_torch(optimizer, betas, group) for group in state_dict["param_groups"]]
+    rules = {
+        index: optimizer.family.rule({**optimizer.defaults, **group})
+        for group in groups
+        for index in group["params"]
+    }
+    states = {index: _state_from_torch(rules[index], state) for index, state in state_dict["state"].items()}
+    states = {index: optimizer.family.pack(state) for index, state in states.items()}
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def to_torch(optimizer: Optimizer8bit) -> dict[str, Any]:
+    """The state as the ``torch.optim`` optimizer of the same algorithm loads it, with float32 states.
+
+    Args:
+        optimizer: AdamW, Adam, SGD, RMSprop or Adagrad, of any precision.
+
+    Raises:
+        ValueError: If torch has no such optimizer.
+    """
+    torch_class, betas = _counterpart(optimizer)
+    (defaults,) = torch_class([torch.zeros(1)]).param_groups  # type: ignore[call-arg]
+    saved = optimizer.state_dict()
+    groups = []
+    for group in saved["param_groups"]:
+        ours = {**group, **dict(zip(betas or (), group["betas"]))}
+        groups.append({key: ours.get(key, default) for key, default in defaults.items()})
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    rules = [optimizer.family.rule(g) for g in optimizer.param_groups for _ in g["params"]]
+    states = {
+        index: _state_to_torch(rules[index], dict(optimizer.state[params[index]])) for index in saved["state"]
+    }
+    return {"state": states, "param_groups": groups}
+
+
+def _counterpart(optimizer: Optimizer8bit) -> tuple[type[torch.optim.Optimizer], tuple[str, ...] | None]:
+    try:
+        return _COUNTERPARTS[optimizer.family.name]
+    except KeyError:
+        raise ValueError(
+            f"torch.optim has no {type(optimizer).__name__}; it has {sorted(_COUNTERPARTS)}"
+        ) from None
+
+
+def _group_from_torch(
+    optimizer: Optimizer8bit, betas: tuple[str, ...] | None, group: dict[str, Any]
+) -> dict[str, Any]:
+    if group.get("maximize"):
+        raise ValueError("maximize=True does not exist here, only maximize=False")
+    if not group.get("decoupled_weight_decay", True) and group["weight_decay"]:
+        raise ValueError(
+            f"weight_decay={group['weight_decay']} of torch.optim.Adam is added to the gradient; here it is "
+            "decoupled as in torch.optim.AdamW, so only 0 can be taken over"
+        )
+    missing = [key for key in ("lr", *(("betas",) if betas is None else betas)) if key not in group]
+    if missing:
+        raise ValueError(f"a group has no {missing}, only {sorted(group)}: the state is of another algorithm")
+    known = {key: group[key] for key in optimizer.defaults if key in group}
+    if betas:
+        known["betas"] = tuple(group[key] for key in betas)
+    return {**known, "params": group["params"]}
+
+
+def _state_from_torch(rule: Rule, state: dict[str, Any]) -> dict[str, Any]:
+    state = dict(state)
+    if "grad_avg" in state:
+        variance = state["square_avg"].float() - state["grad_avg"].float().square()
+        state["variance"] = variance.clamp_min(0)
+    # torch's SGD does not count; it has taken a step if it has a buffer.
+    entry = {"step": state.get("step", 1)}
+    for k, kind in enumerate(rule.states, 1):
+        if not isinstance(state.get(kind.name), Tensor):
+            raise ValueError(f"{kind.name} must be a tensor, got {state.get(kind.name)!r}")
+        entry[f"state{k}"] = state[kind.name].float()
+    return entry
+
+
+def _state_to_torch(rule: Rule, state: dict[str, Any]) -> dict[str, Any]:
+    entry = {"step": state["step"].detach().clone()}
+    for k, kind in enumerate(rule.states, 1):
+        values = state[f"state{k}"]
+        if values.dtype == torch.uint8:
+            values = dequantize(values, state[f"absmax{k}"], state[f"qmap{k}"], BLOCK)
+        entry[kind.name] = values.clone()
+    if "variance" in entry:
+        entry["square_avg"] = entry.pop("variance") + entry["grad_avg"].square()
+    return entry
