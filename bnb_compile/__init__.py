@@ -3,3 +3,4 @@
 from . import convert as convert
 from . import functional as functional
 from . import optim as optim
+from .optim.clipping import PercentileClipper as PercentileClipper

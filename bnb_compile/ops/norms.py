@@ -27,7 +27,7 @@ def _check(xs: Sequence[Tensor]) -> None:
 
 def _eager(xs: Sequence[Tensor]) -> Tensor:
     _check(xs)
-    return torch.stack([x.double().square().sum().sqrt() for x in xs]).float()
+    return torch.stack(torch._foreach_norm(list(xs), 2, torch.float64)).float()
 
 
 def _fake(xs: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,8 @@ from ..ops.blockwise import dynamic_map, quantize
 from ..ops.step import StepOp
 from . import paging
 from .checkpoint import SavedMoment, SavedState
-from .clipping import NORMS, clipping_scale
+from .clipping import NORMS, gradient_norms, percentile_factor, present_mask
+from .group import StateEntry
 
 
 class Kind(NamedTuple):
@@ -73,8 +74,11 @@ class Bucket:
         self.max_unorm = torch.tensor(max_unorm, device=self.device) if kind.trust else None
         #: Squared norms of each parameter's last gradients.
         self.gnorm = zeros(n, NORMS) if kind.percentile < 100 else None
-        self.grad_scale = None if self.gnorm is None else torch.ones_like(self.step)
+        #: What gradients are multiplied by; there from when something first asks for it.
+        self.grad_scale: Tensor | None = None
         self._compiled: Any = None
+        #: What ``optimizer.state`` has of each parameter.
+        self.entries = [StateEntry(self.views(k)) for k in range(n)]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -116,11 +120,10 @@ class Bucket:
             (ks, rows, column, v) for column, v in enumerate(values) if isinstance(v, Tensor)
         ]
 
-    def fill(self, k: int, values: Sequence[float]) -> None:
-        """Let the states of a parameter begin with these values."""
-        if any(values):
-            full = [torch.full(self.params[k].shape, v, device=self.device) for v in values]
-            self.write(k, SavedState(0, [SavedMoment(x, x, x) for x in full]))
+    def begin(self, k: int, values: Sequence[float] = ()) -> None:
+        """Give a parameter the states of one that has taken no step: these values, or zeros."""
+        values = values or [0.0] * len(self.op.rule.states)
+        self.write(k, SavedState(0, [SavedMoment.full(self.params[k], v) for v in values]))
 
     def write(self, k: int, saved: SavedState) -> None:
         """Replace the state of a parameter by a saved one, of either format and any block size."""
@@ -141,10 +144,29 @@ class Bucket:
             view[f"state{i}"].copy_(values)
             view[f"absmax{i}"].copy_(absmax)
 
-    def reset(self) -> None:
-        """Forget the states of all parameters."""
-        for tensor in (*self.arenas, self.step, *([] if self.gnorm is None else [self.gnorm])):
-            tensor.zero_()
+    def norms(self, grads: Sequence[Tensor | None]) -> Tensor:
+        """Norms of the gradients: (n,) float32, 0 where there is none."""
+        return gradient_norms(grads, self.step)
+
+    def scale(self, grads: Sequence[Tensor | None], norms: Tensor | None, factor: Tensor | None) -> None:
+        """Set what the next update multiplies the gradients by.
+
+        Args:
+            grads: A gradient or None for each parameter.
+            norms: Of the gradients; needed for percentile clipping.
+            factor: For all of them; not finite, then nothing is updated. None is 1.
+        """
+        if self.grad_scale is None:
+            if factor is None and self.gnorm is None:
+                return
+            self.grad_scale = torch.ones_like(self.step)
+            self._compiled = None  # was compiled without
+        scale = torch.ones_like(self.step) if factor is None else factor.to(self.step).expand_as(self.step)
+        if self.gnorm is not None and norms is not None:
+            squares = (norms * scale).square()
+            present = present_mask(grads, self.device)
+            scale = scale * percentile_factor(self.gnorm, squares, present, self.step, self.kind.percentile)
+        self.grad_scale.copy_(scale)
 
     def update(self, grads: Sequence[Tensor | None], compiled: bool) -> None:
         """Step the parameters that have a gradient.
@@ -159,9 +181,6 @@ class Bucket:
         if self.kind.paged:
             paging.prefetch(self.arenas, self.device)
         for same_dtype in _by_dtype(grads):
-            if self.gnorm is not None and self.grad_scale is not None:
-                scale = clipping_scale(self.gnorm, same_dtype, self.step, self.kind.percentile)
-                self.grad_scale.copy_(scale)
             if compiled:
                 if self._compiled is None:
                     self._compiled = _compiled_step(self)

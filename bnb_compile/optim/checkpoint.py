@@ -24,6 +24,12 @@ class SavedMoment(NamedTuple):
     absmax: Tensor
     qmap: Tensor
 
+    @staticmethod
+    def full(param: Tensor, value: float) -> SavedMoment:
+        """The same value for each element."""
+        values = torch.full_like(param, value, dtype=torch.float32)
+        return SavedMoment(values, values, values)
+
     @property
     def block_size(self) -> int:
         """Elements that share a scale; 1 of float values."""

@@ -47,8 +47,8 @@ class GlobalOptimManager:
         """Forget everything."""
         self._of_param: Any = WeakIdKeyDictionary()
         self._of_place: dict[tuple[int, int], tuple[weakref.ref[Tensor], dict[str, Any]]] = {}
-        self.module_weight_config_triple: list[tuple[Any, str, dict[str, Any]]] = []
-        self._changes = 0
+        self._of_module: list[tuple[weakref.ref[Any], str, dict[str, Any]]] = []
+        self._changes = getattr(self, "_changes", 0) + 1
 
     def register_parameters(self, params: Iterable[Any]) -> None:
         """Remember the places of parameters, so that their overrides survive a replacement of the objects.
@@ -104,17 +104,19 @@ class GlobalOptimManager:
             config: As `key_value_dict` of `override_config`.
         """
         _check(config)
-        self.module_weight_config_triple.append((module, param_name, dict(config)))
+        self._of_module.append((weakref.ref(module), param_name, dict(config)))
         self._changes += 1
 
     # -- what optimizers ask -------------------------------------------------------------------
 
     @property
-    def version(self) -> tuple[int, ...]:
+    def version(self) -> tuple[Any, ...]:
         """Changes when an override is added."""
         theirs = _bitsandbytes_manager()
-        sizes = (theirs.pid2config, theirs.index2config, theirs.module_weight_config_triple) if theirs else ()
-        return (self._changes, len(self.module_weight_config_triple), *map(len, sizes))
+        if theirs is None:
+            return (self._changes,)
+        overrides = theirs.pid2config, theirs.index2config
+        return self._changes, len(theirs.module_weight_config_triple), *map(repr, overrides)
 
     def overrides(self, groups: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
         """Overrides of the parameters of an optimizer's groups, by id of the parameter."""
@@ -138,10 +140,8 @@ class GlobalOptimManager:
 
     def _of_modules(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         theirs = _bitsandbytes_manager()
-        for module, name, config in (
-            *(theirs.module_weight_config_triple if theirs else ()),
-            *self.module_weight_config_triple,
-        ):
+        ours = ((module(), name, config) for module, name, config in self._of_module)
+        for module, name, config in (*(theirs.module_weight_config_triple if theirs else ()), *ours):
             param = getattr(module, name, None)
             if isinstance(param, Tensor):
                 yield param, config

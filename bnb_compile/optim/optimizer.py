@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
+import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -16,8 +19,9 @@ from ..ops.step import PARAM_DTYPES, STEP_OPS
 from . import paging
 from .bucket import Bucket, Kind
 from .checkpoint import flatten, match_groups, read_state
+from .clipping import norm_factor
 from .family import FAMILIES, Family, flag, integer, number
-from .group import ParamGroup
+from .group import ParamGroup, StateEntry
 from .manager import GlobalOptimManager
 
 
@@ -38,7 +42,11 @@ class Options(TypedDict, total=False):
             parameter has one.
         is_paged: Whether states of parameters with 100,000 elements or more are in CUDA managed memory, from
             which the driver moves to the host what does not fit into the GPU. Without a GPU: ordinary memory.
-        compile: Whether `step` runs the compiled kernel; False runs the eager reference.
+        max_grad_norm: Largest norm of all gradients together, to which the step clips them; None is off.
+        amp_fused: Whether a ``GradScaler`` hands its scale and its verdict to the step, which then unscales,
+            and skips itself, without a synchronisation. Off by default, as Lightning refuses to clip then.
+        compile: Whether `step` runs the compiled kernel; False runs the eager reference; "auto" the kernel if
+            it can be compiled here, and else, with a warning, the reference.
     """
 
     optim_bits: int
@@ -49,7 +57,9 @@ class Options(TypedDict, total=False):
     percentile_clipping: int
     block_wise: bool
     is_paged: bool
-    compile: bool
+    max_grad_norm: float | None
+    amp_fused: bool
+    compile: bool | str
 
 
 #: What bitsandbytes keeps in ``optimizer.args``.
@@ -120,7 +130,12 @@ class Optimizer8bit(torch.optim.Optimizer):
         self._overrides_version: Any = None
         for key, default in self.family.extras.items():
             defaults[key] = options.pop(key, default)
-        self._compile = flag("compile", options.pop("compile", True))
+        compiled = options.pop("compile", "auto")
+        self._compile = compiled if compiled == "auto" else flag("compile", compiled)
+        self.max_grad_norm = options.pop("max_grad_norm", None)
+        if self.max_grad_norm is not None:
+            self.max_grad_norm = number("max_grad_norm", self.max_grad_norm)
+        self._step_supports_amp_scaling = flag("amp_fused", options.pop("amp_fused", False))
         self.is_paged = flag("is_paged", options.pop("is_paged", self.paged))
         if self.paged and not self.is_paged:
             raise ValueError(f"{name}: is_paged=False, must be True for a class that is named for it")
@@ -150,6 +165,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             if param.dtype not in PARAM_DTYPES:
                 self.param_groups.pop()
                 raise TypeError(f"a parameter of {param.dtype}: must be one of {PARAM_DTYPES}")
+            self._compiles(param.device)  # warns
         self._adopt_groups()
 
     def _adopt_groups(self) -> None:
@@ -191,28 +207,42 @@ class Optimizer8bit(torch.optim.Optimizer):
                 place = self._places.get(id(param))
                 if place is not None:
                     current.add(id(param))
-                    kind = place[0].kind
+                    bucket, k = place
+                    entry = self.state.get(param)
+                    if entry is not bucket.entries[k] or entry.replaced:
+                        self._take_over(group, param)
+                    kind = bucket.kind
                     changed |= (
                         param.dtype != kind.dtype or param.device != kind.device or rule is not kind.op.rule
                     )
                 elif param.requires_grad or param.grad is not None:
                     new = True
-        if self._read_overrides() or changed or len(current) != len(self._places):
+        changed |= len(current) != len(self._places)
+        if self._read_overrides(always=new or changed) or changed:
             self._rebuild()
         elif new:
             self._add_buckets(lambda param: param.requires_grad or param.grad is not None)
         for group in self.param_groups:
             self._mirror_hyper(group, always=new)
 
-    def _read_overrides(self) -> bool:
-        """Ask the manager for the overrides; returns whether there are new ones."""
+    def _take_over(self, group: dict[str, Any], param: Tensor) -> None:
+        """Copy a state that was put in place of a parameter's views, or begin anew if it was removed."""
+        (bucket, k), given = self._places[id(param)], self.state.get(param)
+        if given:
+            bucket.write(k, read_state(bucket.op.rule, "assigned", param, self.family.unpack(flatten(given))))
+        elif not given:
+            bucket.begin(k, self.family.initial(self._config(group, param)))
+        bucket.entries[k] = self.state[param] = StateEntry(bucket.views(k))
+
+    def _read_overrides(self, always: bool) -> bool:
+        """Ask the manager for the overrides; returns whether those of parameters with states have changed."""
         manager = GlobalOptimManager.get_instance()
-        version = manager.version, len(self.param_groups)
-        if version == self._overrides_version:
+        version = manager.version
+        if version == self._overrides_version and not always:
             return False
         before, self._overrides = self._overrides, manager.overrides(self.param_groups)
         self._overrides_version = version
-        return bool(self._buckets) and before != self._overrides
+        return any(before.get(key) != self._overrides.get(key) for key in self._places)
 
     def _config(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
         """A parameter's hyperparameters and options, with its overrides."""
@@ -251,8 +281,10 @@ class Optimizer8bit(torch.optim.Optimizer):
             self._buckets.append(bucket)
             for k, (param, config) in enumerate(members):
                 self._places[id(param)] = bucket, k
-                self.state[param] = bucket.views(k)
-                bucket.fill(k, self.family.initial(config))
+                self.state[param] = bucket.entries[k]
+                initial = self.family.initial(config)
+                if any(initial):
+                    bucket.begin(k, initial)
 
     def _rebuild(self) -> None:
         """Form the buckets anew, after parameters were replaced or moved; states are kept."""
@@ -347,9 +379,40 @@ class Optimizer8bit(torch.optim.Optimizer):
                         f"a gradient of {grad.dtype}, {grad.layout}: must be strided (dense) and one of "
                         f"{PARAM_DTYPES}"
                     )
+        self._scale_gradients(grads)
         for bucket, of_bucket in zip(self._buckets, grads):
-            bucket.update(of_bucket, compiled=self._compile and not captured)
+            bucket.update(of_bucket, compiled=not captured and self._compiles(bucket.device))
         return result
+
+    def _compiles(self, device: torch.device) -> bool:
+        return _no_compiler(device.type) is None if self._compile == "auto" else self._compile
+
+    def _scale_gradients(self, grads: list[list[Tensor | None]]) -> None:
+        """Set what each bucket multiplies its gradients by: unscaling, clipping, skipping."""
+        factor: Tensor | None = None
+        # A GradScaler sets these, or a user.
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if grad_scale is not None:
+            factor = 1 / torch.as_tensor(grad_scale, dtype=torch.float32)
+        if found_inf is not None:
+            found = torch.as_tensor(found_inf)
+            factor = torch.where(found == 0, 1.0 if factor is None else factor.to(found.device), torch.nan)
+        clipped = self.max_grad_norm is not None
+        norms = [
+            bucket.norms(of_bucket) if clipped or bucket.gnorm is not None else None
+            for bucket, of_bucket in zip(self._buckets, grads)
+        ]
+        if self.max_grad_norm is not None and norms:
+            device = self._buckets[0].device
+            squares = [n.square().sum().to(device) for n in norms if n is not None]
+            total = torch.stack(squares).sum().sqrt()
+            if factor is not None:
+                factor = factor.to(device)
+                total = total * factor.abs()
+            clip = norm_factor(total, self.max_grad_norm)
+            factor = clip if factor is None else factor * clip
+        for bucket, of_bucket, of_norms in zip(self._buckets, grads, norms):
+            bucket.scale(of_bucket, of_norms, factor)
 
     # torch's schedulers wrap the step of their optimizer in a function that Dynamo refuses to trace, to warn
     # when they are called before it. They leave alone a step that says it has been wrapped.
@@ -425,8 +488,6 @@ class Optimizer8bit(torch.optim.Optimizer):
         if states or self._buckets:
             self.init_state()
             self._add_buckets(lambda param: param in states)
-        for bucket in self._buckets:
-            bucket.reset()
         for group in self.param_groups:
             for param in group["params"]:
                 if id(param) not in self._places:
@@ -435,7 +496,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 if param in states:
                     bucket.write(k, states[param])
                 else:
-                    bucket.fill(k, self.family.initial(self._config(group, param)))
+                    bucket.begin(k, self.family.initial(self._config(group, param)))
             self._mirror_hyper(group)
         for loaded in self._optimizer_load_state_dict_post_hooks.values():
             loaded(self)
@@ -448,6 +509,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             "args": self.args,
             "family": self.family.name,
             "is_paged": self.is_paged,
+            "max_grad_norm": self.max_grad_norm,
+            "_step_supports_amp_scaling": self._step_supports_amp_scaling,
             "_compile": self._compile,
         }
 
@@ -469,6 +532,21 @@ def _prepare_while_tracing(optimizer: Optimizer8bit) -> int:
 
 # What torch.compiler.assume_constant_result does, which imports Inductor only to do it.
 _prepare_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _no_compiler(device: str) -> str | None:
+    """Why steps cannot be compiled for a type of device; warns once."""
+    reason = None
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        reason = "TORCH_COMPILE_DISABLE=1"
+    elif device != "cpu" and importlib.util.find_spec("triton") is None:
+        reason = "there is no triton"
+    elif device == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        reason = "there is no C++ compiler"
+    if reason is not None:
+        warnings.warn(f"optimizer steps on {device} run uncompiled: {reason}", stacklevel=2)
+    return reason
 
 
 @functools.cache
