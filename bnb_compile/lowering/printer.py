@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..rules import Rule, trust_ratio
+from ..rules import Rule, round_bits, trust_ratio
 
 aten = torch.ops.aten
 
@@ -45,6 +45,9 @@ _OPERATIONS: dict[Any, str] = {
     aten.le.Scalar: "le",
     aten.eq.Tensor: "eq",
     aten.eq.Scalar: "eq",
+    aten.bitwise_and.Scalar: "and",
+    aten.bitwise_xor.Tensor: "xor",
+    aten.bitwise_right_shift.Tensor_Scalar: "shift",
 }
 
 
@@ -129,6 +132,12 @@ def trace_rule(rule: Rule) -> TracedRule:
 def trace_trust_ratio() -> torch.fx.Graph:
     """``(max_unorm, param_norm, update_norm) -> (ratio,)``, float64."""
     return trace(lambda *a: (trust_ratio(*a),), 3, torch.float64)
+
+
+@functools.cache
+def trace_round_bits() -> torch.fx.Graph:
+    """``(bits, index, step) -> (bits,)``, int32."""
+    return trace(lambda *a: (round_bits(*a),), 3, torch.int32)
 
 
 def write(graph: torch.fx.Graph, arguments: Sequence[str], dialect: Dialect) -> tuple[list[str], list[str]]:
@@ -225,6 +234,7 @@ _ARITHMETIC = {
     "div": "{} / {}",
     "reciprocal": "1.0 / {}",
 }
+_BITS = {"and": "{} & {}", "xor": "{} ^ {}", "shift": "({} >> {})"}
 
 #: Double-precision scalars.
 C_DOUBLE = Dialect(
@@ -269,6 +279,12 @@ C_VECTOR = Dialect(
         "where": "V::blendv({2}, {1}, {0})",
     },
 )
+
+#: ``I``, a vector of int32.
+C_INTEGERS = Dialect("const I {name} = {value};", lambda value: f"I({int(value)})", _ARITHMETIC | _BITS)
+
+#: Triton's int32.
+TRITON_INTEGERS = Dialect("{name} = {value}", lambda value: str(int(value)), _ARITHMETIC | _BITS)
 
 #: Triton; the kernels define ``div``, ``sqrt`` and FAST.
 TRITON = Dialect(

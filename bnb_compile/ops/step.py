@@ -15,12 +15,16 @@ with n parameters, and
     states      arenas, see ops/arena.py
     step        (n,) float32, steps taken so far; incremented first
     hyper       (n, h) float64, a row of the rule's hyperparameters for each parameter
-    grad_scale  None or (n,) float32: gradients are multiplied by it. A parameter whose scale is infinite or NaN
-                is treated as one without a gradient
-    max_unorm   None or (n,) float32: the trust ratio's limit, see rules/trust.py; 0 is none
-    skip_zeros  whether an element whose gradient is zero keeps its parameter and its states
-    block_wise  whether each block of 256 elements of an 8-bit state has its own scale; otherwise all blocks
-                of a parameter have the same one
+
+and by keyword
+
+    grad_scale        None or (n,) float32: gradients are multiplied by it. A parameter whose scale is infinite
+                      or NaN is treated as one without a gradient
+    max_unorm         None or (n,) float32: the trust ratio's limit, see rules/trust.py; 0 is none
+    skip_zeros        whether an element whose gradient is zero keeps its parameter and its states
+    block_wise        whether each block of 256 elements of an 8-bit state has its own scale; otherwise all
+                      blocks of a parameter have the same one
+    stochastic_round  whether bfloat16 parameters are rounded up or down by chance, see rules/rounding.py
 
 `hyper` and `step` are tensors so that neither a schedule nor the count ever recompiles or synchronises;
 `hyper` is float64 so that ``1 - beta2`` and the bias corrections have the accuracy that Python numbers
@@ -38,7 +42,7 @@ import torch
 from torch import Tensor
 
 from .. import rules
-from ..rules import Rule, trust_ratio
+from ..rules import Rule, round_bits, trust_ratio
 from .arena import BLOCK, Layout, Slot, layout
 from .blockwise import dequantize, dynamic_map, quantize
 from .library import define
@@ -108,6 +112,7 @@ class Modes(NamedTuple):
     trust: bool = False  # has max_unorm
     skip_zeros: bool = False
     block_wise: bool = True
+    stochastic: bool = False  # stochastic_round
 
     @property
     def two_phases(self) -> bool:
@@ -127,6 +132,7 @@ class Arguments(NamedTuple):
     max_unorm: Any = None
     skip_zeros: bool = False
     block_wise: bool = True
+    stochastic_round: bool = False
 
     @staticmethod
     def of(args: Sequence[Any], options: dict[str, Any]) -> Arguments:
@@ -147,6 +153,7 @@ class Arguments(NamedTuple):
             self.max_unorm is not None,
             self.skip_zeros,
             self.block_wise or op.bits == 32,
+            self.stochastic_round,
         )
 
 
@@ -158,6 +165,8 @@ def _mistakes(op: StepOp, a: Arguments) -> Iterator[str]:
         dtypes = {x.dtype for x in tensors if x is not None}
         if len(dtypes) > 1 or not dtypes <= set(PARAM_DTYPES):
             yield f"{what} are of {dtypes}, must be of one dtype of {PARAM_DTYPES}"
+    if a.stochastic_round and a.params[0].dtype != torch.bfloat16:
+        yield f"stochastic_round of params of {a.params[0].dtype}, must be torch.bfloat16"
     for k, (param, grad) in enumerate(zip(a.params, a.grads)):
         if grad is not None and grad.shape != param.shape:
             yield f"params[{k}] has shape {tuple(param.shape)}, its grad {tuple(grad.shape)}"
@@ -237,7 +246,10 @@ def _update(op: StepOp, a: Arguments) -> None:
             update_norm = scalars.unit * _norm(torch.where(usable, direction, 0.0))
             ratio = trust_ratio(a.max_unorm[k].double(), _norm(old[0]), update_norm)
             s = s._replace(step_size=(scalars.step_size * ratio).float())
-        new = op.rule.update(old[0], grad_f32, *old[1:], s)
+        new = list(op.rule.update(old[0], grad_f32, *old[1:], s))
+        if a.stochastic_round:
+            index = torch.arange(slot.offset, slot.offset + slot.numel, device=param.device).int()
+            new[0] = round_bits(new[0].view(torch.int32), index, a.step[k].int()).view(torch.float32)
         param_f32, *states = (torch.where(usable, n, o) for n, o in zip(new, old))
         param.copy_(param_f32.view(param.shape))
         _store(op, a, slot, states, active)
@@ -268,7 +280,10 @@ def _register(op: StepOp) -> None:
         _check(op, a)
         return [torch.empty_like(x) for x in a.params], *map(torch.empty_like, (*a.arenas, a.step))
 
-    options = "*, Tensor? grad_scale=None, Tensor? max_unorm=None, bool skip_zeros=False, bool block_wise=True"
+    options = (
+        "*, Tensor? grad_scale=None, Tensor? max_unorm=None, bool skip_zeros=False, bool block_wise=True, "
+        "bool stochastic_round=False"
+    )
     written = [*(name for name, _ in op.arenas), "step"]
     mutated = ", ".join(f"Tensor({chr(ord('b') + k)}!) {name}" for k, name in enumerate(written))
     define(

@@ -28,6 +28,7 @@ class Kind(NamedTuple):
         skip_zeros: Whether elements with a zero gradient stay as they are.
         block_wise: Whether each block of 8-bit states has its own scale.
         percentile: Of earlier gradient norms, that a gradient is clipped to; 100 is off.
+        stochastic: Whether parameters are rounded stochastically.
         paged: Whether states are in managed memory.
     """
 
@@ -38,6 +39,7 @@ class Kind(NamedTuple):
     skip_zeros: bool
     block_wise: bool
     percentile: int
+    stochastic: bool
     paged: bool
 
 
@@ -88,6 +90,7 @@ class Bucket:
             max_unorm=self.max_unorm,
             skip_zeros=self.kind.skip_zeros,
             block_wise=self.kind.block_wise,
+            stochastic_round=self.kind.stochastic,
         )
 
     def views(self, k: int) -> dict[str, Tensor]:

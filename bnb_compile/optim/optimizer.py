@@ -45,6 +45,8 @@ class Options(TypedDict, total=False):
         max_grad_norm: Largest norm of all gradients together, to which the step clips them; None is off.
         amp_fused: Whether a ``GradScaler`` hands its scale and its verdict to the step, which then unscales,
             and skips itself, without a synchronisation. Off by default, as Lightning refuses to clip then.
+        bf16_stochastic_round: Whether bfloat16 parameters are rounded up or down by chance, so that small
+            updates are not lost; see `bnb_compile.rules.rounding`.
         compile: Whether `step` runs the compiled kernel; False runs the eager reference; "auto" the kernel if
             it can be compiled here, and else, with a warning, the reference.
     """
@@ -59,6 +61,7 @@ class Options(TypedDict, total=False):
     is_paged: bool
     max_grad_norm: float | None
     amp_fused: bool
+    bf16_stochastic_round: bool
     compile: bool | str
 
 
@@ -130,6 +133,9 @@ class Optimizer8bit(torch.optim.Optimizer):
         self._overrides_version: Any = None
         for key, default in self.family.extras.items():
             defaults[key] = options.pop(key, default)
+        self.bf16_stochastic_round = flag(
+            "bf16_stochastic_round", options.pop("bf16_stochastic_round", False)
+        )
         compiled = options.pop("compile", "auto")
         self._compile = compiled if compiled == "auto" else flag("compile", compiled)
         self.max_grad_norm = options.pop("max_grad_norm", None)
@@ -263,6 +269,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             skip_zeros=config["skip_zeros"],
             block_wise=config["block_wise"],
             percentile=config["percentile_clipping"],
+            stochastic=self.bf16_stochastic_round and param.dtype == torch.bfloat16,
             paged=self.is_paged and _has_managed_memory(param.device) and param.numel() >= _PAGED_SIZE,
         )
 
@@ -510,6 +517,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             "family": self.family.name,
             "is_paged": self.is_paged,
             "max_grad_norm": self.max_grad_norm,
+            "bf16_stochastic_round": self.bf16_stochastic_round,
             "_step_supports_amp_scaling": self._step_supports_amp_scaling,
             "_compile": self._compile,
         }

@@ -9,6 +9,7 @@ from .lamb import LAMB as LAMB
 from .lamb import LAMB_AMSGRAD as LAMB_AMSGRAD
 from .lion import LION as LION
 from .rmsprop import RMSPROP as RMSPROP
+from .rounding import round_bits as round_bits
 from .rule import Rule as Rule
 from .rule import State as State
 from .sgd import SGD as SGD

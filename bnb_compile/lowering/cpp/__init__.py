@@ -12,7 +12,16 @@ import torch
 from ...ops import codebook
 from ...ops.step import GRAD_LIMIT, Modes, StepOp
 from ...rules import Rule
-from ..printer import C_DOUBLE, C_VECTOR, trace, trace_rule, trace_trust_ratio, write
+from ..printer import (
+    C_DOUBLE,
+    C_INTEGERS,
+    C_VECTOR,
+    trace,
+    trace_round_bits,
+    trace_rule,
+    trace_trust_ratio,
+    write,
+)
 
 TYPES = {
     torch.float32: "float",
@@ -120,6 +129,7 @@ def print_rule(rule: Rule) -> str:
 
 def _print_modes(modes: Modes) -> str:
     lines, (ratio,) = write(trace_trust_ratio(), ["max_unorm", "param_norm", "update_norm"], C_DOUBLE)
+    rounding, (rounded,) = write(trace_round_bits(), ["bits", "index", "step"], C_INTEGERS)
     flags = {**modes._asdict(), "two_phases": modes.two_phases}
     return "\n".join(
         [
@@ -127,6 +137,9 @@ def _print_modes(modes: Modes) -> str:
             *(f"constexpr bool {name.upper()} = {str(on).lower()};" for name, on in flags.items()),
             "inline double trust_ratio(double max_unorm, double param_norm, double update_norm) {",
             *_indented([*lines, f"return {ratio};"]),
+            "}",
+            "inline I round_bits(const I& bits, const I& index, const I& step) {",
+            *_indented([*rounding, f"return {rounded};"]),
             "}",
         ]
     )

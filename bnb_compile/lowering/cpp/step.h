@@ -6,7 +6,8 @@
 //   scalars(hyper, step, out)         what the elements of a parameter share
 //   update(param, grad, state, s)     the update of LANES elements; param and state are replaced
 //   direction(param, grad, state, s)  returns the direction; state is replaced
-// GRAD_LIMIT and the Modes of ops/step.py, and trust_ratio(max_unorm, param_norm, update_norm)
+// GRAD_LIMIT and the Modes of ops/step.py, trust_ratio(max_unorm, param_norm, update_norm) and
+// round_bits(bits, index, step)
 
 // A parameter of the bucket; Python fills an int64 row of the same fields.
 struct Parameter {
@@ -54,6 +55,14 @@ struct Measured {
     for (int s = 0; s < Rule::STATES; s++) absmax[s] = std::max(absmax[s], other.absmax[s]);
   }
 };
+
+// Numbers of bfloat16; `index` is the first lane's.
+inline V round_by_chance(const V& value, int32_t index, int32_t step) {
+  alignas(64) int32_t bits[LANES];
+  value.store(bits);
+  round_bits(I::loadu(bits), I::arange(index, 1), I(step)).store(bits);
+  return V::loadu(bits);
+}
 
 inline float sum(const V& value) {
   float lanes[LANES], total = 0;
@@ -147,7 +156,7 @@ struct Full {
 template <bool MEASURE, class P, class G, class Storage, int... S>
 Measured update_block(
     const Parameter& parameter, const Storage& arena, int64_t b, const float* shared, float grad_scale,
-    const Measured& whole, std::integer_sequence<int, S...>) {
+    float step, const Measured& whole, std::integer_sequence<int, S...>) {
   const int64_t first = b * BLOCK, offset = parameter.offset + first, scale = parameter.block + b;
   const int count = (int)std::min<int64_t>(BLOCK, parameter.numel - first);
   Staged<P> staged_param;
@@ -176,6 +185,8 @@ Measured update_block(
         direction = Rule::direction(old_param, grad_f32, fresh, s);
       } else {
         Rule::update(fresh_param, grad_f32, fresh, s);
+        if constexpr (STOCHASTIC)
+          fresh_param = round_by_chance(fresh_param, (int32_t)(offset + i), (int32_t)step);
       }
       if constexpr (checked) {
         const V keep = usable(grad_f32);
@@ -234,7 +245,7 @@ void update_bucket(
       Rule::scalars(hyper + k * Rule::HYPER, step[k], shared);
       for (int64_t b = from; b < to; b++)
         found[passed + b] =
-            update_block<true, P, G>(parameters[k], arena, b, shared, scale(k), whole[k], STATES);
+            update_block<true, P, G>(parameters[k], arena, b, shared, scale(k), step[k], whole[k], STATES);
     });
     const Measured* next = found.data();
     for (int64_t k = 0; k < count; k++)
@@ -252,6 +263,6 @@ void update_bucket(
           trust_ratio(max_unorm[k], std::sqrt(all.param), unit * std::sqrt(all.update));
     }
     for (int64_t b = from; b < to; b++)
-      update_block<false, P, G>(parameters[k], arena, b, shared, scale(k), all, STATES);
+      update_block<false, P, G>(parameters[k], arena, b, shared, scale(k), step[k], all, STATES);
   });
 }

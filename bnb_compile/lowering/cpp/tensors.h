@@ -1,6 +1,7 @@
 // Blocks of tensors as vectors of floats, whatever their dtype and strides.
 
 using V = at::vec::Vectorized<float>;
+using I = at::vec::Vectorized<int32_t>;
 constexpr int BLOCK = 256;
 constexpr int LANES = V::size();
 

@@ -21,7 +21,16 @@ import torch
 from ...ops import codebook
 from ...ops.arena import BLOCK
 from ...ops.step import GRAD_LIMIT, Modes, StepOp
-from ..printer import TRITON, TRITON_DOUBLE, trace, trace_rule, trace_trust_ratio, write
+from ..printer import (
+    TRITON,
+    TRITON_DOUBLE,
+    TRITON_INTEGERS,
+    trace,
+    trace_round_bits,
+    trace_rule,
+    trace_trust_ratio,
+    write,
+)
 
 TYPES = {
     torch.float32: "fp32",
@@ -125,6 +134,12 @@ tl.store({name}_codes + offset + i, code.to(tl.uint8), inside)
 """
 
 
+@functools.cache
+def _print_round_bits() -> str:
+    arguments = ["bits", "index", "step"]
+    return _function("round_bits", arguments, *write(trace_round_bits(), arguments, TRITON_INTEGERS))
+
+
 def _indented(text: str) -> str:
     return "".join(f"    {line}\n" for line in text.splitlines())
 
@@ -176,6 +191,8 @@ def step_arguments(op: StepOp, modes: Modes, variant: Variant, measure: bool = F
     arguments["shared"] = torch.float32
     if modes.scaled:
         arguments["grad_scale"] = torch.float32
+    if modes.stochastic:
+        arguments["step"] = torch.float32
     if measure:
         arguments["found"] = torch.float32
     elif modes.two_phases:
@@ -245,6 +262,7 @@ def _whole_kernel(op: StepOp, name: str, variant: Variant, arguments: dict[str, 
             f"TILE = tl.constexpr({TILE})\nFAST = tl.constexpr({variant.fast and op.bits == 8})\n",
             print_rule(op),
             _print_encode() if op.bits == 8 else "",
+            _print_round_bits() if "step" in arguments else "",
             f"@triton.jit\ndef {name}({', '.join(arguments)}):\n{_indented(body)}",
         ]
     )
@@ -266,14 +284,21 @@ def step_kernel(
         strides     (n, 2, 2, dims) int64: sizes and strides of the parameter and of its gradient
         arenas, values of the maps, and shared, (n, scalars) float32
         grad_scale  (n,) float32
+        step        (n,) float32
         measured    (n, measured_columns(op)) float32, from `finish_kernel`
     """
     step_size = trace_rule(op.rule).scalar_names.index("step_size")
     trust = f"s{step_size} *= tl.load(measured + k * {measured_columns(op)})" if modes.trust else ""
+    rounding = """\
+bits = param.to(tl.int32, bitcast=True)
+(bits,) = round_bits(bits, (offset + i).to(tl.int32), tl.load(step + k).to(tl.int32))
+param = bits.to(tl.float32, bitcast=True)
+"""
     body = f"""\
 {_load_all(op, modes, param_dtype, grad_dtype, variant)}
 {trust}
 {_call_rule(op, "update", "param")}
+{rounding if modes.stochastic else ""}
 param = tl.where(usable, param, old_param)
 {_keep_unusable(op)}
 tl.store(param_pointer + place, param.to({_LANGUAGE[param_dtype]}), inside)

@@ -89,6 +89,7 @@ class TritonStepNode(AbstractStepNode):
         hyper, *others = self.read
         scale = [others.pop(0)] if modes.scaled else []
         limit = [others.pop(0)] if modes.trust else []
+        counted = [step] if modes.stochastic else []
         present, *others = others
         bounds = [others.pop(0)] if modes.two_phases else []
         maps = [others.pop() for _ in op.rule.states][::-1] if op.bits == 8 else []
@@ -126,7 +127,7 @@ class TritonStepNode(AbstractStepNode):
                     triton.measure_kernel(op, modes, measure, *dtypes, launch.variant, base),
                     {},
                     triton.step_arguments(op, modes, launch.variant, measure=True),
-                    [addresses, *own_tables, *arenas, *maps, shared, *scale, found],
+                    [addresses, *own_tables, *arenas, *maps, shared, *scale, *counted, found],
                     programs=len(launch.owner),
                 )
                 base += len(launch.owner)
@@ -148,7 +149,7 @@ class TritonStepNode(AbstractStepNode):
                 triton.step_kernel(op, modes, update, *dtypes, launch.variant),
                 {},
                 triton.step_arguments(op, modes, launch.variant),
-                [addresses, *own_tables, *arenas, *maps, shared, *scale, *phases[1:]],
+                [addresses, *own_tables, *arenas, *maps, shared, *scale, *counted, *phases[1:]],
                 programs=len(launch.owner),
             )
 

@@ -98,6 +98,7 @@ class TritonStep:
             self.addresses[:, 1], self.step, self.hyper, self.shared, *self.scale, n
         )
         common = [*self.arenas, *self.maps, self.shared, *self.scale]
+        common += [self.step] if modes.stochastic else []
         kind = self.params[0].dtype, grad_dtype
         measured = []
         if modes.two_phases:

@@ -1,0 +1,40 @@
+"""Stochastic rounding to bfloat16 from a counter, so that it needs no generator and can be repeated.
+
+A number between two neighbours becomes the upper one as often as it is near to it, so that updates far below
+the spacing of bfloat16 are not lost on average (Gupta et al., https://arxiv.org/abs/1502.02551). The random
+bits are a hash of an element's place and of the step: the same on every replica, and other ones for each step
+in a replayed CUDA graph. The hash is Wellons' lowbias32, https://nullprogram.com/blog/2018/07/31/.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _signed(bits: int) -> int:
+    """32 bits as an int32."""
+    return bits - 2**32 if bits >= 2**31 else bits
+
+
+def _xor_shifted(x: Tensor, shift: int) -> Tensor:
+    # int32 has no unsigned shift: the sign is masked away.
+    return x ^ torch.bitwise_and(torch.bitwise_right_shift(x, shift), 2 ** (32 - shift) - 1)
+
+
+def round_bits(bits: Tensor, index: Tensor, step: Tensor) -> Tensor:
+    """Round float32 numbers to bfloat16.
+
+    Args:
+        bits: float32 numbers as int32.
+        index: int32, another one for each element.
+        step: int32, another one for each step.
+
+    Returns:
+        Tensor: int32, the bits of float32 numbers that are bfloat16 numbers.
+    """
+    x = index ^ (step * _signed(0x9E3779B9))
+    x = _xor_shifted(x, 16) * 0x7FEB352D
+    x = _xor_shifted(x, 15) * _signed(0x846CA68B)
+    x = _xor_shifted(x, 16)
+    return torch.bitwise_and(bits + torch.bitwise_and(x, 0xFFFF), _signed(0xFFFF0000))
