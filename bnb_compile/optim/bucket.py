@@ -13,7 +13,7 @@ from ..ops.blockwise import dynamic_map, quantize
 from ..ops.step import StepOp
 from . import paging
 from .checkpoint import SavedMoment, SavedState
-from .clipping import NORMS, gradient_norms, percentile_factor, present_mask
+from .clipping import NORMS
 from .group import StateEntry
 
 
@@ -83,6 +83,11 @@ class Bucket:
         self.entries = [StateEntry(self.views(k)) for k in range(n)]
 
     @property
+    def percentile(self) -> int:
+        """Of earlier norms, for clipping."""
+        return self.kind.percentile
+
+    @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the step operator."""
         return dict(
@@ -147,40 +152,22 @@ class Bucket:
             view[f"state{i}"].copy_(values)
             view[f"absmax{i}"].copy_(absmax)
 
-    def norms(self, grads: Sequence[Tensor | None]) -> Tensor:
-        """Norms of the gradients: (n,) float32, 0 where there is none."""
-        return gradient_norms(grads, self.step)
-
-    def scale(self, grads: Sequence[Tensor | None], norms: Tensor | None, factor: Tensor | None) -> None:
-        """Set what the next update multiplies the gradients by.
-
-        Args:
-            grads: A gradient or None for each parameter.
-            norms: Of the gradients; needed for percentile clipping.
-            factor: For all of them; not finite, then nothing is updated. None is 1.
-        """
-        if self.grad_scale is None:
-            if factor is None and self.gnorm is None:
-                return
-            self.grad_scale = torch.ones_like(self.step)
-            self._compiled = None  # was compiled without
-        scale = torch.ones_like(self.step) if factor is None else factor.to(self.step).expand_as(self.step)
-        if self.gnorm is not None and norms is not None:
-            squares = (norms * scale).square()
-            present = present_mask(grads, self.device)
-            scale = scale * percentile_factor(self.gnorm, squares, present, self.step, self.kind.percentile)
-        self.grad_scale.copy_(scale)
-
-    def update(self, grads: Sequence[Tensor | None], compiled: bool) -> None:
+    def update(self, grads: Sequence[Tensor | None], factor: Tensor | None, compiled: bool) -> None:
         """Step the parameters that have a gradient.
 
         Args:
             grads: A gradient or None for each parameter.
+            factor: (n,) float32, what to multiply gradients by; not finite, to leave a parameter as it is.
             compiled: Whether to run the compiled kernel; otherwise the operator, which is what a graph
                 captures, and eagerly the reference.
         """
         for _, rows, column, value in self.live:
             self.hyper[rows, column] = value.to(self.hyper.dtype)
+        if factor is not None and self.grad_scale is None:
+            self.grad_scale = torch.ones_like(self.step)
+            self._compiled = None  # was compiled without
+        if self.grad_scale is not None:
+            self.grad_scale.copy_(torch.ones_like(self.step) if factor is None else factor)
         if self.kind.paged:
             paging.prefetch(self.arenas, self.device)
         for same_dtype in _by_dtype(grads):

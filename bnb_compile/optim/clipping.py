@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -84,6 +84,63 @@ def percentile_factor(
 def norm_factor(total: Tensor, max_norm: float) -> Tensor:
     """What to multiply gradients by, as ``torch.nn.utils.clip_grad_norm_``; NaN if `total` is not finite."""
     return torch.where(total.isfinite(), (max_norm / (total + 1e-6)).clamp(max=1.0), torch.nan)
+
+
+class Clipped(Protocol):
+    """What is known of parameters whose gradients are clipped."""
+
+    @property
+    def step(self) -> Tensor:
+        """Steps taken so far: (n,) float32."""
+
+    @property
+    def gnorm(self) -> Tensor | None:
+        """Ring of squared norms, if there is percentile clipping: (n, 100) float32."""
+
+    @property
+    def percentile(self) -> int:
+        """See `percentile_factor`."""
+
+
+def gradient_factors(
+    buckets: Sequence[Clipped],
+    grads: Sequence[Sequence[Tensor | None]],
+    factor: Tensor | None = None,
+    max_norm: float | None = None,
+) -> list[Tensor | None]:
+    """What to multiply the gradients of each bucket by.
+
+    Args:
+        buckets: What is known of them; rings are updated.
+        grads: Their gradients.
+        factor: One element: for all of them, before anything is clipped; NaN to skip the step.
+        max_norm: Largest norm of all gradients together.
+
+    Returns:
+        list[Tensor | None]: (n,) float32 for each bucket; None is 1.
+    """
+    norms = [
+        None if max_norm is None and bucket.gnorm is None else gradient_norms(of_bucket, bucket.step)
+        for bucket, of_bucket in zip(buckets, grads)
+    ]
+    if max_norm is not None and buckets:
+        device = buckets[0].step.device
+        total = torch.stack([n.square().sum().to(device) for n in norms if n is not None]).sum().sqrt()
+        if factor is not None:
+            factor = factor.to(device)
+            total = total * factor.abs()
+        clip = norm_factor(total, max_norm)
+        factor = clip if factor is None else factor * clip
+    factors: list[Tensor | None] = []
+    for bucket, of_bucket, of_norms in zip(buckets, grads, norms):
+        own = None if factor is None else factor.to(bucket.step).expand_as(bucket.step)
+        if bucket.gnorm is not None and of_norms is not None:
+            squares = (of_norms if own is None else of_norms * own).square()
+            present = present_mask(of_bucket, bucket.step.device)
+            clip = percentile_factor(bucket.gnorm, squares, present, bucket.step, bucket.percentile)
+            own = clip if own is None else own * clip
+        factors.append(own)
+    return factors
 
 
 class PercentileClipper:

@@ -19,7 +19,7 @@ from ..ops.step import PARAM_DTYPES, STEP_OPS
 from . import paging
 from .bucket import Bucket, Kind
 from .checkpoint import flatten, match_groups, read_state
-from .clipping import norm_factor
+from .clipping import gradient_factors
 from .family import FAMILIES, Family, flag, integer, number
 from .group import ParamGroup, StateEntry
 from .manager import GlobalOptimManager
@@ -386,40 +386,24 @@ class Optimizer8bit(torch.optim.Optimizer):
                         f"a gradient of {grad.dtype}, {grad.layout}: must be strided (dense) and one of "
                         f"{PARAM_DTYPES}"
                     )
-        self._scale_gradients(grads)
-        for bucket, of_bucket in zip(self._buckets, grads):
-            bucket.update(of_bucket, compiled=not captured and self._compiles(bucket.device))
+        factors = gradient_factors(self._buckets, grads, self._scaler_factor(), self.max_grad_norm)
+        for bucket, of_bucket, factor in zip(self._buckets, grads, factors):
+            bucket.update(of_bucket, factor, compiled=not captured and self._compiles(bucket.device))
         return result
 
     def _compiles(self, device: torch.device) -> bool:
         return _no_compiler(device.type) is None if self._compile == "auto" else self._compile
 
-    def _scale_gradients(self, grads: list[list[Tensor | None]]) -> None:
-        """Set what each bucket multiplies its gradients by: unscaling, clipping, skipping."""
+    def _scaler_factor(self) -> Tensor | None:
+        """What a ``GradScaler``, or a user, asks to multiply all gradients by; NaN to skip the step."""
         factor: Tensor | None = None
-        # A GradScaler sets these, or a user.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if grad_scale is not None:
             factor = 1 / torch.as_tensor(grad_scale, dtype=torch.float32)
         if found_inf is not None:
             found = torch.as_tensor(found_inf)
             factor = torch.where(found == 0, 1.0 if factor is None else factor.to(found.device), torch.nan)
-        clipped = self.max_grad_norm is not None
-        norms = [
-            bucket.norms(of_bucket) if clipped or bucket.gnorm is not None else None
-            for bucket, of_bucket in zip(self._buckets, grads)
-        ]
-        if self.max_grad_norm is not None and norms:
-            device = self._buckets[0].device
-            squares = [n.square().sum().to(device) for n in norms if n is not None]
-            total = torch.stack(squares).sum().sqrt()
-            if factor is not None:
-                factor = factor.to(device)
-                total = total * factor.abs()
-            clip = norm_factor(total, self.max_grad_norm)
-            factor = clip if factor is None else factor * clip
-        for bucket, of_bucket, of_norms in zip(self._buckets, grads, norms):
-            bucket.scale(of_bucket, of_norms, factor)
+        return factor
 
     # torch's schedulers wrap the step of their optimizer in a function that Dynamo refuses to trace, to warn
     # when they are called before it. They leave alone a step that says it has been wrapped.
