@@ -133,7 +133,7 @@ def gradient_factors(
         factor = clip if factor is None else factor * clip
     factors: list[Tensor | None] = []
     for bucket, of_bucket, of_norms in zip(buckets, grads, norms):
-        own = None if factor is None else factor.to(bucket.step).expand_as(bucket.step)
+        own = None if factor is None else torch.ones_like(bucket.step) * factor.to(bucket.step.device)
         if bucket.gnorm is not None and of_norms is not None:
             squares = (of_norms if own is None else of_norms * own).square()
             present = present_mask(of_bucket, bucket.step.device)

@@ -1,0 +1,389 @@
+"""An optimizer step, or a whole training step, as an artefact that runs without Python.
+
+`OptimizerStep` and `TrainStep` are modules whose buffers are the optimizer's own tensors. They go through
+``torch.export``, and `package` compiles them with AOTInductor into a file that `load` runs from Python and
+any program from C++ (examples/export has one).
+
+    step = TrainStep(model, loss_fn, optimizer)
+    package(step, "train.pt2", x, y)
+    run = load("train.pt2", step)           # or in C++: torch::inductor::AOTIModelPackageLoader
+    loss = run(step.hyper(), x, y)          # updates the parameters and the states of `step`
+
+`hyper` is a float64 tensor with a row for each param group, its columns named by `hyper_names`, so a schedule
+is fed from outside. What the artefact is for, names, shapes and dtypes, is in its metadata and checked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .optim import Optimizer8bit
+from .optim.bucket import Bucket
+from .optim.clipping import gradient_factors
+
+
+class _Part(nn.Module):
+    """A bucket as a module: its tensors are buffers under the names of the operator's arguments."""
+
+    step: Tensor
+    gnorm: Tensor | None
+    max_unorm: Tensor | None
+    group_of: Tensor
+    own_hyper: Tensor | None
+    has_own: Tensor | None
+
+    def __init__(self, bucket: Bucket, group_of: Sequence[int], overridden: Sequence[bool]) -> None:
+        super().__init__()
+        self.op, self.percentile = bucket.op, bucket.percentile
+        self.options = bucket.options
+        for (name, _), arena in zip(bucket.op.arenas, bucket.arenas):
+            self.register_buffer(name, arena)
+        self.register_buffer("step", bucket.step)
+        self.register_buffer("gnorm", bucket.gnorm)
+        self.register_buffer("max_unorm", bucket.max_unorm)
+        self.register_buffer("group_of", torch.tensor(group_of, device=bucket.device))
+        # Rows of parameters whose hyperparameters a GlobalOptimManager sets.
+        some = any(overridden)
+        self.register_buffer("own_hyper", bucket.hyper.clone() if some else None)
+        self.register_buffer("has_own", torch.tensor(overridden)[:, None].to(bucket.device) if some else None)
+
+    def update(self, params: list[Tensor], grads: list[Tensor], hyper: Tensor, factor: Tensor | None) -> None:
+        rows = hyper.to(self.step.device)[self.group_of]
+        if self.own_hyper is not None and self.has_own is not None:
+            rows = torch.where(self.has_own, self.own_hyper, rows)
+        arenas = [getattr(self, name) for name, _ in self.op.arenas]
+        options = {**self.options, "grad_scale": factor, "max_unorm": self.max_unorm}
+        self.op.in_place(params, grads, *arenas, self.step, rows, **options)
+
+
+class OptimizerStep(nn.Module):
+    """The step of an optimizer as a function of parameters, gradients and hyperparameters.
+
+    Its buffers are the optimizer's states, not copies: running it, or loading its ``state_dict``, is seen by
+    the optimizer.
+
+    Args:
+        optimizer: Whose step it is; its structure, options and overrides are fixed from now on.
+        names: Of the parameters, in the order of the optimizer's groups; by default those that the optimizer
+            was given, or "0", "1", ...
+    """
+
+    optimizer: Optimizer8bit
+    hyper_names: tuple[str, ...]
+
+    def __init__(self, optimizer: Optimizer8bit, names: Sequence[str] | None = None) -> None:
+        super().__init__()
+        optimizer.init_state()
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        given = [n for group in optimizer.param_groups for n in group.get("param_names", [])]
+        of_all = list(names or given or map(str, range(len(params))))
+        if len(of_all) != len(params):
+            raise ValueError(f"{len(of_all)} names of {len(params)} parameters")
+        updated = [k for k, p in enumerate(params) if p in optimizer.state]
+        #: Names, shapes and dtypes of the parameters that are updated.
+        self.param_names = [of_all[k] for k in updated]
+        self.params_like = [(tuple(params[k].shape), params[k].dtype) for k in updated]
+        self.groups = len(optimizer.param_groups)
+        #: Names of the columns of `hyper`.
+        self.hyper_names = optimizer.family.rule(optimizer.param_groups[0]).hyper._fields
+        self.max_grad_norm = optimizer.max_grad_norm
+        self.__dict__["optimizer"] = optimizer
+        index = {id(params[k]): i for i, k in enumerate(updated)}
+        group_of = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self.members = [[index[id(p)] for p in bucket.params] for bucket in optimizer._buckets]
+        self.parts = nn.ModuleList(
+            _Part(
+                bucket,
+                [group_of[id(p)] for p in bucket.params],
+                [id(p) in optimizer._overrides for p in bucket.params],
+            )
+            for bucket in optimizer._buckets
+        )
+
+    def hyper(self) -> Tensor:
+        """The optimizer's hyperparameters now: (groups, columns) float64."""
+        groups = self.optimizer.param_groups
+        rows = [[float(value) for value in self.optimizer.family.hyper(group)] for group in groups]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def forward(self, params: list[Tensor], grads: list[Tensor], hyper: Tensor) -> tuple[()]:
+        """Update `params` and the buffers.
+
+        Args:
+            params: As `param_names` and `params_like` say.
+            grads: Of the same shapes.
+            hyper: (groups, columns) float64, see `hyper_names`.
+
+        Raises:
+            ValueError: If a parameter or a gradient is missing or of another shape or dtype, or `hyper` is.
+        """
+        self._check(params, grads, hyper)
+        with torch.no_grad():
+            of_parts = [[grads[i] for i in members] for members in self.members]
+            parts: list[Any] = list(self.parts)
+            factors = gradient_factors(parts, of_parts, None, self.max_grad_norm)
+            for part, members, own, factor in zip(parts, self.members, of_parts, factors):
+                part.update([params[i] for i in members], own, hyper, factor)
+        return ()
+
+    def _check(self, params: Sequence[Tensor], grads: Sequence[Tensor], hyper: Tensor) -> None:
+        for what, tensors in (("params", params), ("grads", grads)):
+            if len(tensors) != len(self.param_names):
+                raise ValueError(
+                    f"{len(tensors)} {what}, must be {len(self.param_names)}: {self.param_names}"
+                )
+            for name, like, x in zip(self.param_names, self.params_like, tensors):
+                if tuple(x.shape) != like[0] or (what == "params" and x.dtype != like[1]):
+                    raise ValueError(
+                        f"{what}: {name} is {x.dtype} {tuple(x.shape)}, must be {like[1]} {like[0]}"
+                    )
+        _check_hyper(hyper, self.groups, self.hyper_names)
+
+    def inputs(self) -> tuple[Any, ...]:
+        """Arguments to export with: parameters and gradients of zeros, and `hyper`."""
+        zeros = [torch.zeros(shape, dtype=dtype) for shape, dtype in self.params_like]
+        return [x.clone() for x in zeros], zeros, OptimizerStep.hyper(self)
+
+    def export(self) -> torch.export.ExportedProgram:
+        """``torch.export`` of this module."""
+        return torch.export.export(self, self.inputs()).run_decompositions()
+
+    def describe(self) -> dict[str, Any]:
+        """What `package` writes into the artefact's metadata."""
+        return {
+            "kind": type(self).__name__,
+            "bnb_compile": version("bnb_compile"),
+            "torch": torch.__version__.split("+")[0],
+            "params": [
+                {"name": name, "shape": list(shape), "dtype": _dtype_name(dtype)}
+                for name, (shape, dtype) in zip(self.param_names, self.params_like)
+            ],
+            "groups": self.groups,
+            "hyper": list(self.hyper_names),
+        }
+
+
+class TrainStep(nn.Module):
+    """Forward, backward, clipping and step as one function of hyperparameters and a batch.
+
+    Its buffers are the model's parameters and buffers and the optimizer's states, not copies.
+
+    Args:
+        model: The model; parameters that the optimizer does not have are constants.
+        loss_fn: ``(model, *batch) -> loss``, a tensor with one element; it calls what it is given as `model`.
+        optimizer: Of parameters of the model. Its `max_grad_norm` is the clipping.
+    """
+
+    model: nn.Module
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor], optimizer: Optimizer8bit) -> None:
+        super().__init__()
+        names = {id(p): name for name, p in model.named_parameters()}
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        foreign = [tuple(p.shape) for p in params if id(p) not in names]
+        if foreign:
+            raise ValueError(f"parameters of shapes {foreign} are the optimizer's, but not the model's")
+        self.step = OptimizerStep(optimizer, [names[id(p)] for p in params])
+        self.__dict__["model"], self.loss_fn = model, loss_fn
+        self.trained = self.step.param_names
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        #: Names in the model of the buffers `tensor0`, `tensor1`, ...
+        self.model_names = [name for name, _ in tensors]
+        for k, (_, x) in enumerate(tensors):
+            self.register_buffer(f"tensor{k}", x.detach())
+
+    def hyper(self) -> Tensor:
+        """The optimizer's hyperparameters now: (groups, columns) float64."""
+        return self.step.hyper()
+
+    def tensors(self, buffers: nn.Module) -> dict[str, Tensor]:
+        """The model's parameters and buffers by name, from the buffers of a module."""
+        return {name: getattr(buffers, f"tensor{k}") for k, name in enumerate(self.model_names)}
+
+    def _loss_and_grads(self, tensors: dict[str, Tensor], batch: Sequence[Tensor]) -> tuple[Any, ...]:
+        with torch.enable_grad():
+            leaves = [tensors[name].detach().requires_grad_() for name in self.trained]
+            used = {**tensors, **dict(zip(self.trained, leaves))}
+            loss = self.loss_fn(lambda *args: functional_call(self.model, used, args), *batch)
+            grads = torch.autograd.grad(loss, leaves)
+        return loss.detach(), list(grads)
+
+    def forward(self, hyper: Tensor, *batch: Tensor) -> Tensor:
+        """Train on a batch, and return the loss.
+
+        Raises:
+            ValueError: If `hyper` is not (groups, columns) float64.
+        """
+        _check_hyper(hyper, self.step.groups, self.step.hyper_names)
+        tensors = self.tensors(self)
+        loss, grads = self._loss_and_grads(tensors, batch)
+        self.step([tensors[name] for name in self.trained], grads, hyper)
+        return loss
+
+    def export(self, *batch: Tensor, dynamic: bool = True) -> torch.export.ExportedProgram:
+        """``torch.export`` of this module.
+
+        Args:
+            batch: An example.
+            dynamic: Whether the first dimension of each tensor of a batch may have any size.
+        """
+
+        # torch.export does not trace autograd, so the graph of loss and gradients is made first.
+        def loss_and_grads(tensors: dict[str, Tensor], batch: Sequence[Tensor]) -> tuple[Any, ...]:
+            return self._loss_and_grads(tensors, batch)
+
+        graph = make_fx(loss_and_grads, tracing_mode="symbolic")(self.tensors(self), batch)
+        traced = _Traced(self, graph)
+        first = {0: torch.export.Dim.DYNAMIC} if dynamic else {}
+        shapes = (None, tuple(first if x.dim() else None for x in batch))
+        with torch.no_grad():
+            program = torch.export.export(traced, (self.hyper(), *batch), dynamic_shapes=shapes)
+            return program.run_decompositions()
+
+    def describe(self) -> dict[str, Any]:
+        """What `package` writes into the artefact's metadata."""
+        return {**self.step.describe(), "kind": "TrainStep", "tensors": self.model_names}
+
+
+class _Traced(nn.Module):
+    """A `TrainStep` whose loss and gradients are a graph; its buffers have the same names."""
+
+    of: TrainStep
+
+    def __init__(self, step: TrainStep, graph: nn.Module) -> None:
+        super().__init__()
+        for name, x in step.named_buffers(recurse=False):
+            self.register_buffer(name, x)
+        self.step, self.graph = step.step, graph
+        self.__dict__["of"] = step
+
+    def forward(self, hyper: Tensor, *batch: Tensor) -> Tensor:
+        tensors = self.of.tensors(self)
+        loss, grads = self.graph(tensors, batch)
+        self.step([tensors[name] for name in self.of.trained], grads, hyper)
+        return loss
+
+
+Step = OptimizerStep | TrainStep
+
+
+def package(step: Step, path: str, *batch: Tensor, dynamic: bool = True) -> str:
+    """Compile a step with AOTInductor.
+
+    Args:
+        step: What to compile.
+        path: Of the file to write, ending in ".pt2".
+        batch: An example, for a `TrainStep`.
+        dynamic: Whether the first dimension of each tensor of a batch may have any size.
+
+    Returns:
+        str: The file's path.
+    """
+    if isinstance(step, TrainStep):
+        program = step.export(*batch, dynamic=dynamic)
+        description = {
+            **step.describe(),
+            "batch": [{"shape": list(x.shape), "dtype": _dtype_name(x.dtype)} for x in batch],
+            "dynamic": dynamic,
+        }
+    else:
+        program, description = step.export(), step.describe()
+    config = {
+        "aot_inductor.metadata": {"bnb_compile": json.dumps(description)},
+        # Otherwise a small or uniform buffer is taken for a constant although it is updated (torch 2.13).
+        "always_keep_tensor_constants": True,
+        "joint_graph_constant_folding": False,
+    }
+    return torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=config)
+
+
+class Package:
+    """A compiled step, bound to the tensors of a `OptimizerStep` or `TrainStep`; see `load`."""
+
+    def __init__(self, path: str, step: Step) -> None:
+        self._model = torch._inductor.aoti_load_package(path)
+        #: What the artefact was compiled for.
+        self.description: dict[str, Any] = json.loads(self._model.get_metadata()["bnb_compile"])
+        self._step = step
+        expected, found = step.describe(), self.description
+        for key in ("kind", "bnb_compile", "params", "groups", "hyper"):
+            if expected[key] != found[key]:
+                raise ValueError(f"{path} was compiled for another step: {_difference(key, found, expected)}")
+        buffers = dict(step.named_buffers())
+        names = self._model.get_constant_fqns()
+        missing = [name for name in names if name not in buffers]
+        if missing:
+            raise ValueError(f"{path} needs tensors that the step does not have: {missing}")
+        # The step's own tensors, so that Python sees what the artefact writes.
+        self._model.load_constants(
+            {name: buffers[name] for name in names}, check_full_update=True, user_managed=True
+        )
+
+    def __call__(self, *args: Any) -> Any:
+        """Run it, with the arguments of the module's ``forward``.
+
+        Raises:
+            ValueError: If an argument is missing or of another shape or dtype than it was compiled for.
+        """
+        if isinstance(self._step, OptimizerStep):
+            self._step._check(*args)
+            self._model(*args)
+            return ()
+        hyper, *batch = args
+        _check_hyper(hyper, self.description["groups"], self.description["hyper"])
+        expected = self.description["batch"]
+        if len(batch) != len(expected):
+            raise ValueError(f"a batch of {len(batch)} tensors, must be {len(expected)}")
+        for k, (x, like) in enumerate(zip(batch, expected)):
+            free = self.description["dynamic"] and like["shape"]
+            shape, fixed = list(x.shape), list(like["shape"])
+            same = len(shape) == len(fixed) and (shape[1:] == fixed[1:] if free else shape == fixed)
+            if not same or _dtype_name(x.dtype) != like["dtype"]:
+                wanted = ["any", *fixed[1:]] if free else fixed
+                raise ValueError(f"batch[{k}] is {x.dtype} {shape}, must be {like['dtype']} {wanted}")
+        return self._model(hyper, *batch)
+
+
+def load(path: str, step: Step) -> Package:
+    """Load a compiled step, to run it on the parameters and states of `step`.
+
+    Args:
+        path: What `package` wrote.
+        step: Of the same structure as what was compiled; its tensors are read and updated.
+
+    Raises:
+        ValueError: If the artefact was compiled for something else: it says what differs.
+    """
+    return Package(path, step)
+
+
+def _check_hyper(hyper: Tensor, groups: int, names: Sequence[str]) -> None:
+    if tuple(hyper.shape) != (groups, len(names)) or hyper.dtype != torch.float64:
+        raise ValueError(
+            f"hyper is {hyper.dtype} {tuple(hyper.shape)}, must be torch.float64 {(groups, len(names))}: for "
+            f"each param group {', '.join(names)}"
+        )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _difference(key: str, found: dict[str, Any], expected: dict[str, Any]) -> str:
+    if key != "params":
+        return f"{key} is {found[key]}, here it is {expected[key]}"
+    theirs = {p["name"]: p for p in found[key]}
+    ours = {p["name"]: p for p in expected[key]}
+    for name in (*theirs, *ours):
+        if theirs.get(name) != ours.get(name):
+            there, here = theirs.get(name, "missing"), ours.get(name, "missing")
+            return f"parameter {name} is {there}, here it is {here}"
+    return f"the order of parameters is {list(theirs)}, here it is {list(ours)}"
