@@ -40,26 +40,32 @@ class Row(NamedTuple):
 
 def ours(sm: int) -> Iterator[Row]:
     from bnb_compile.lowering import triton
-    from bnb_compile.ops.step import STEP_OPS
+    from bnb_compile.ops.step import STEP_OPS, Modes
 
-    elements = triton.TILE * 256 / (32 * triton.WARPS)
     for (rule, bits), op in STEP_OPS.items():
+        name = f"bnb_compile {rule}, {bits} bits"
         for fast in (True, False) if bits == 8 else (False,):  # there is one 32-bit variant
             variant = triton.Variant(aligned=True, dims=0, long=False, fast=fast)
-            arguments = triton.step_arguments(op, variant)
-            signature = {name: f"*{triton.TYPES[dtype]}" for name, dtype in arguments.items()}
-            for dtype, short in DTYPES.items():
-                source = triton.step_kernel(op, "kernel", dtype, dtype, variant)
-                kernel = fake_gpu.load(triton.IMPORTS + source, "kernel")
-                built = fake_gpu.assemble(kernel, signature, triton.WARPS, sm)
-                kind = "" if bits == 32 else ", fast" if fast else ", portable"
-                yield Row(
-                    f"bnb_compile {rule}, {bits} bits{kind}",
-                    short,
-                    built.instructions / elements,
-                    built.registers,
-                    built.stack + built.local,
-                )
+            kind = "" if bits == 32 else ", fast" if fast else ", portable"
+            for dtype in DTYPES:
+                source = triton.step_kernel(op, Modes(), "kernel", dtype, dtype, variant)
+                yield _built(name + kind, dtype, source, triton.step_arguments(op, Modes(), variant), sm)
+        # What a trust ratio costs besides: the first of two phases.
+        modes, variant = Modes(trust=True), triton.Variant(aligned=True, dims=0, long=False, fast=True)
+        for dtype in DTYPES:
+            source = triton.measure_kernel(op, modes, "kernel", dtype, dtype, variant, 0)
+            arguments = triton.step_arguments(op, modes, variant, measure=True)
+            yield _built(f"{name}, measured for a trust ratio", dtype, source, arguments, sm)
+
+
+def _built(name: str, dtype: torch.dtype, source: str, arguments: dict[str, torch.dtype], sm: int) -> Row:
+    from bnb_compile.lowering import triton
+
+    kernel = fake_gpu.load(triton.IMPORTS + source, "kernel")
+    signature = {argument: f"*{triton.TYPES[of]}" for argument, of in arguments.items()}
+    built = fake_gpu.assemble(kernel, signature, triton.WARPS, sm)
+    elements = triton.TILE * 256 / (32 * triton.WARPS)
+    return Row(name, DTYPES[dtype], built.instructions / elements, built.registers, built.stack + built.local)
 
 
 def bitsandbytes(sm: int) -> Iterator[Row]:

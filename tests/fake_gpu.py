@@ -248,7 +248,7 @@ def interpret(source: str, arguments: Any) -> list[torch.Tensor]:
         )
         updated, returned = torch.load(result)
     for x, new in zip(inputs, updated):
-        if x is not None and not torch.equal(x, new):  # what overlaps itself cannot be written
+        if isinstance(x, torch.Tensor) and not torch.equal(x, new):  # what overlaps itself cannot be written
             x.copy_(new)
     return returned
 

@@ -7,7 +7,8 @@ optimizers under test must. It is called with gradients, and knows nothing of gr
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,37 +17,187 @@ import torch
 from torch import Tensor
 
 
-class AdamW:
-    """Adam whose weight decay is decoupled, scaled by lr, and comes before the update.
+class Reference:
+    """The loop; a subclass says what the update is.
 
-    That is `torch.optim.AdamW`; bitsandbytes' Adam is the same with weight_decay=0 by default.
+    Weight decay is decoupled, scaled by lr and before the update, or L2: added to the gradient. An update
+    whose norm, before lr and without decoupled decay, is more than `max_unorm` times its parameter's is
+    scaled down to that; a parameter that is zero sets no limit.
     """
 
     def __init__(
         self,
         params: Iterable[Tensor],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        lr: float,
+        weight_decay: float,
+        decoupled: bool,
+        initial: Sequence[float],
+        max_unorm: float = 0.0,
+        skip_zeros: bool = False,
     ) -> None:
         self.params = [param.detach().clone() for param in params]
-        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self.lr, self.weight_decay, self.decoupled = lr, weight_decay, decoupled
+        self.max_unorm, self.skip_zeros = max_unorm, skip_zeros
         self.steps = [0 for _ in self.params]
-        self.states = [[torch.zeros_like(p, dtype=torch.float64) for _ in range(2)] for p in self.params]
+        self.states = [[torch.full_like(p, x, dtype=torch.float64) for x in initial] for p in self.params]
+
+    def update(self, g: Tensor, t: int, *states: Tensor) -> tuple[Tensor, ...]:
+        """What step t takes away before the learning rate, and the new states."""
+        raise NotImplementedError
+
+    def rate(self, t: int) -> float:
+        """The learning rate of step t."""
+        return self.lr
 
     def step(self, grads: Sequence[Tensor | None]) -> None:
-        (beta1, beta2), lr = self.betas, self.lr
         for k, (param, grad) in enumerate(zip(self.params, grads)):
             if grad is None:
                 continue
             self.steps[k] += 1
-            t, g, p, (m, v) = self.steps[k], grad.double(), param.double(), self.states[k]
-            p *= 1 - lr * self.weight_decay
-            m.mul_(beta1).add_(g, alpha=1 - beta1)
-            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            p -= lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + self.eps)
-            param.copy_(p)
+            p, t = param.double(), self.steps[k]
+            l2, decay = (0, self.weight_decay) if self.decoupled else (self.weight_decay, 0)
+            update, *states = self.update(grad.double() + l2 * p, t, *self.states[k])
+            moves = (grad != 0) | (not self.skip_zeros)
+            limit, norm = self.max_unorm * p.norm(), update.where(moves, 0.0).norm()
+            ratio = limit / norm if 0 < limit < norm else 1.0
+            new = p - self.rate(t) * decay * p - self.rate(t) * ratio * update
+            param.copy_(new.where(moves, p))
+            self.states[k] = [state.where(moves, old) for state, old in zip(states, self.states[k])]
+
+
+class Adam(Reference):
+    """`torch.optim.AdamW`; bitsandbytes' Adam is the same with weight_decay=0 by default."""
+
+    def __init__(
+        self, params, lr, betas, eps, weight_decay=0.0, amsgrad=False, decoupled=True, **options
+    ) -> None:
+        super().__init__(params, lr, weight_decay, decoupled, [0.0] * (2 + amsgrad), **options)
+        self.betas, self.eps = betas, eps
+
+    def corrections(self, t):
+        return [1 - beta**t for beta in self.betas[:2]]
+
+    def update(self, g, t, m, v, *largest):
+        beta1, beta2 = self.betas[:2]
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        largest = [torch.maximum(v, old) for old in largest]
+        c1, c2 = self.corrections(t)
+        return (m / c1) / (((largest or [v])[0] / c2).sqrt() + self.eps), m, v, *largest
+
+
+class LAMB(Adam):
+    """Algorithm 2 of https://arxiv.org/abs/1904.00962 with bitsandbytes' trust ratio, see `Reference`."""
+
+    def __init__(self, params, *, bias_correction=True, adam_w_mode=True, max_unorm=1.0, **hyper) -> None:
+        super().__init__(params, decoupled=adam_w_mode, max_unorm=max_unorm, **hyper)
+        self.bias_correction = bias_correction
+
+    def corrections(self, t):
+        return super().corrections(t) if self.bias_correction else (1, 1)
+
+
+class AdEMAMix(Reference):
+    """Section 3 and the schedulers of https://arxiv.org/abs/2409.03137."""
+
+    def __init__(
+        self, params, lr, betas, alpha, eps, weight_decay=0.0, t_alpha=None, t_beta3=None, **options
+    ) -> None:
+        super().__init__(params, lr, weight_decay, True, [0.0] * 3, **options)
+        self.betas, self.alpha, self.eps, self.t_alpha, self.t_beta3 = betas, alpha, eps, t_alpha, t_beta3
+
+    def update(self, g, t, fast, v, slow):
+        beta1, beta2, beta3 = self.betas
+        alpha = self.alpha
+        if self.t_alpha:
+            alpha = min(t * alpha / self.t_alpha, alpha)
+        if self.t_beta3:
+            log1, log3, mu = math.log(beta1), math.log(beta3), t / self.t_beta3
+            beta3 = min(math.exp(log1 * log3 / ((1 - mu) * log3 + mu * log1)), beta3)
+        fast = beta1 * fast + (1 - beta1) * g
+        slow = beta3 * slow + (1 - beta3) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        update = (fast / (1 - beta1**t) + alpha * slow) / ((v / (1 - beta2**t)).sqrt() + self.eps)
+        return update, fast, v, slow
+
+
+class Lion(Reference):
+    """Program 1 of https://arxiv.org/abs/2302.06675."""
+
+    def __init__(self, params, lr, betas, weight_decay=0.0, **options) -> None:
+        super().__init__(params, lr, weight_decay, True, [0.0], **options)
+        self.betas = betas
+
+    def update(self, g, t, m):
+        beta1, beta2 = self.betas
+        return (beta1 * m + (1 - beta1) * g).sign(), beta2 * m + (1 - beta2) * g
+
+
+class SGD(Reference):
+    """`torch.optim.SGD`: the first gradient fills the buffer, undampened."""
+
+    def __init__(
+        self, params, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, **options
+    ) -> None:
+        super().__init__(params, lr, weight_decay, False, [0.0] * (momentum != 0), **options)
+        self.momentum, self.dampening, self.nesterov = momentum, dampening, nesterov
+
+    def update(self, g, t, *buffer):
+        if not buffer:
+            return (g,)
+        m = g if t == 1 else self.momentum * buffer[0] + (1 - self.dampening) * g
+        return g + self.momentum * m if self.nesterov else m, m
+
+
+class LARS(SGD):
+    """SGD with bitsandbytes' trust ratio, see `Reference`; the paper's L2 term is a part of the update."""
+
+    def __init__(self, params, *, max_unorm=0.02, **hyper) -> None:
+        super().__init__(params, max_unorm=max_unorm, **hyper)
+
+
+class RMSprop(Reference):
+    """`torch.optim.RMSprop`, but that the first state of the centered form is the variance."""
+
+    def __init__(
+        self, params, lr, alpha, eps, weight_decay=0.0, momentum=0.0, centered=False, **options
+    ) -> None:
+        states = 1 + centered + (momentum != 0)
+        super().__init__(params, lr, weight_decay, False, [0.0] * states, **options)
+        self.alpha, self.eps, self.momentum, self.centered = alpha, eps, momentum, centered
+
+    def update(self, g, t, square, *others):
+        others, states = list(others), []
+        if self.centered:
+            mean = others.pop(0)
+            square = self.alpha * (square + mean**2) + (1 - self.alpha) * g**2
+            mean = self.alpha * mean + (1 - self.alpha) * g
+            square = square - mean**2
+            states = [mean]
+        else:
+            square = self.alpha * square + (1 - self.alpha) * g**2
+        update = g / (square.sqrt() + self.eps)
+        if others:
+            update = self.momentum * others[0] + update
+            states.append(update)
+        return update, square, *states
+
+
+class Adagrad(Reference):
+    """`torch.optim.Adagrad`."""
+
+    def __init__(
+        self, params, lr, eps, lr_decay=0.0, weight_decay=0.0, initial_accumulator_value=0.0, **options
+    ) -> None:
+        super().__init__(params, lr, weight_decay, False, [initial_accumulator_value], **options)
+        self.eps, self.lr_decay = eps, lr_decay
+
+    def rate(self, t):
+        return self.lr / (1 + (t - 1) * self.lr_decay)
+
+    def update(self, g, t, total):
+        total = total + g**2
+        return g / (total.sqrt() + self.eps), total
 
 
 @dataclass(frozen=True)
@@ -54,18 +205,23 @@ class OptTest:
     """What the tests must know of a family of optimizers."""
 
     name: str
-    general: type  # takes optim_bits
-    #: Bits of each class (None: optim_bits decides), and its defaults that are not the reference's.
-    classes: dict[type, tuple[int | None, dict[str, Any]]]
-    reference: Callable[..., Any]
-    torch_class: type  # computes what the 32-bit classes do
-    variants: tuple[dict[str, Any], ...]  # hyperparameters to try
-    states: int
-    invalid: tuple[tuple[dict[str, Any], str], ...]  # arguments, and what the ValueError must say
-    unsupported: tuple[dict[str, Any], ...]  # arguments that must be refused, not ignored
-    relative_error_8bit: float  # of 200 steps' displacement
-    #: Mean absolute and relative error of a parameter after an 8-bit step, as bitsandbytes bounds them.
-    step_error_8bit: dict[torch.dtype, tuple[float, float]]
+    cls: type  # takes optim_bits
+    classes: tuple[type, ...]  # the family, `cls` included; some are named for their number of bits
+    plain: type[Reference]
+    #: Hyperparameters to try. The first must keep a state, move parameters and have no weight decay, and the
+    #: other variants differ from it.
+    variants: tuple[dict[str, Any], ...]
+    relative_error_8bit: float  # of the displacement after 100 steps, in all variants
+    torch_class: type | None = None  # computes the same, for the same hyperparameters
+    invalid: tuple[tuple[dict[str, Any], str], ...] = ()  # arguments, and what the error must say
+
+    def general(self, params: Any, **changes: Any) -> Any:
+        """An optimizer of the first variant's hyperparameters, but for these."""
+        return self.cls(params, **{**self.variants[0], **changes})
+
+    def reference(self, params: Any, **changes: Any) -> Reference:
+        """What `general` must compute."""
+        return self.plain(params, **{**self.variants[0], **changes})
 
 
 def all_families() -> list[OptTest]:

@@ -1,4 +1,7 @@
-"""The step operators in torch.export, with decompositions and from a file, and in make_fx."""
+"""The step operators in torch.export, with decompositions and from a file, and in make_fx.
+
+Adam in its plain form, and AMSGrad with a trust ratio and one scale for a parameter.
+"""
 
 import io
 
@@ -7,51 +10,48 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import bnb_compile  # noqa: F401  defines the operators
 from bnb_compile.ops.arena import layout
+from bnb_compile.ops.step import STEP_OPS
 
 NUMELS = (5000, 257, 1)
-OPS = torch.ops.bnb_compile
 
 # run_decompositions copies a pytree specification, of which torch itself warns
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 
 
-def arguments(bits):
-    """Of an Adam step at its beginning, as new tensors: params, grads, arenas, step, hyper."""
+def arguments(op, trust):
+    """Of a step at the beginning, as new tensors: params, grads, arenas, step, hyper, keyword arguments."""
     torch.manual_seed(0)
-    places = layout(NUMELS)
     params = [torch.randn(n) for n in NUMELS]
     grads = [torch.randn(n) for n in NUMELS]
-    if bits == 8:
-        codes = [torch.zeros(places.elements, dtype=torch.uint8) for _ in range(2)]
-        absmax = [torch.zeros(places.blocks) for _ in range(2)]
-        arenas = [codes[0], absmax[0], codes[1], absmax[1]]
-    else:
-        arenas = [torch.zeros(places.elements) for _ in range(2)]
+    sizes = op.arena_sizes(layout(NUMELS))
+    arenas = [torch.zeros(size, dtype=dtype) for (_, dtype), size in zip(op.arenas, sizes)]
     hyper = torch.tensor([[1e-2, 0.9, 0.999, 1e-8, 0.1]], dtype=torch.float64).repeat(len(NUMELS), 1)
-    return params, grads, arenas, torch.zeros(len(NUMELS)), hyper
+    options = {}
+    if trust:
+        options = {"max_unorm": torch.tensor([0.01, 0.0, 10.0]), "block_wise": False}
+    return params, grads, arenas, torch.zeros(len(NUMELS)), hyper, options
 
 
 class Functional(nn.Module):
     """One step: takes the state and returns the new one."""
 
-    def __init__(self, bits):
+    def __init__(self, op, trust):
         super().__init__()
-        self.op = getattr(OPS, f"adam_step_{bits}bit")
+        self.op = op.functional
 
-    def forward(self, params, grads, arenas, step, hyper):
-        params, *arenas, step = self.op(params, grads, *arenas, step, hyper)
+    def forward(self, params, grads, arenas, step, hyper, options):
+        params, *arenas, step = self.op(params, grads, *arenas, step, hyper, **options)
         return params, arenas, step
 
 
 class InPlace(nn.Module):
     """One step: its buffers are the state."""
 
-    def __init__(self, bits):
+    def __init__(self, op, trust):
         super().__init__()
-        self.op = getattr(OPS, f"adam_step_{bits}bit_")
-        params, _, arenas, step, hyper = arguments(bits)
+        self.op = op.in_place
+        params, _, arenas, step, hyper, self.options = arguments(op, trust)
         for k, param in enumerate(params):
             self.register_buffer(f"param{k}", param)
         for k, arena in enumerate(arenas):
@@ -59,18 +59,21 @@ class InPlace(nn.Module):
         self.count = len(arenas)
         self.register_buffer("step", step)
         self.register_buffer("hyper", hyper)
+        if trust:
+            self.register_buffer("max_unorm", self.options.pop("max_unorm"))
 
     def forward(self, *grads):
         params = [getattr(self, f"param{k}") for k in range(len(NUMELS))]
         arenas = [getattr(self, f"arena{k}") for k in range(self.count)]
-        self.op(params, list(grads), *arenas, self.step, self.hyper)
+        limit = getattr(self, "max_unorm", None)
+        self.op(params, list(grads), *arenas, self.step, self.hyper, max_unorm=limit, **self.options)
         return params[0].sum()
 
 
-def run_five(program, bits):
-    params, grads, arenas, step, hyper = arguments(bits)
+def run_five(program, case):
+    params, grads, arenas, step, hyper, options = arguments(*case)
     for k in range(5):
-        params, arenas, step = program(params, [g * (k + 1) for g in grads], arenas, step, hyper)
+        params, arenas, step = program(params, [g * (k + 1) for g in grads], arenas, step, hyper, options)
     return [*params, *arenas, step]
 
 
@@ -81,14 +84,22 @@ def through_a_file(program):
     return torch.export.load(file)
 
 
-@pytest.fixture(scope="module", params=[8, 32])
-def bits(request):
+#: Operator, and whether it has a trust ratio and one scale for a parameter.
+CASES = [
+    (STEP_OPS["adam", 8], False),
+    (STEP_OPS["adam", 32], False),
+    (STEP_OPS["adam_amsgrad", 8], True),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=["8 bits", "32 bits", "two phases"])
+def case(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def exported(bits):
-    return torch.export.export(Functional(bits), arguments(bits))
+def exported(case):
+    return torch.export.export(Functional(*case), arguments(*case))
 
 
 def equal(values, expected):
@@ -105,16 +116,16 @@ def equal(values, expected):
     ],
     ids=["as is", "saved and loaded", "decomposed", "decomposed, saved and loaded"],
 )
-def test_an_exported_functional_step_run_five_times_is_eager(exported, bits, make):
-    expected = run_five(Functional(bits), bits)
-    assert not torch.equal(expected[0], arguments(bits)[0][0]) and expected[-1].eq(5).all()
-    assert equal(run_five(make(exported).module(), bits), expected)
+def test_an_exported_functional_step_run_five_times_is_eager(exported, case, make):
+    expected = run_five(Functional(*case), case)
+    assert not torch.equal(expected[0], arguments(*case)[0][0]) and expected[-1].eq(5).all()
+    assert equal(run_five(make(exported).module(), case), expected)
 
 
-def test_an_exported_functional_step_is_one_operator_and_mutates_nothing(exported, bits):
+def test_an_exported_functional_step_is_one_operator_and_mutates_nothing(exported, case):
     program = exported.run_decompositions()
     called = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    assert called.count(getattr(OPS, f"adam_step_{bits}bit").default) == 1
+    assert called.count(case[0].functional) == 1
     assert not program.graph_signature.buffers_to_mutate
     assert not program.graph_signature.user_inputs_to_mutate
 
@@ -124,10 +135,10 @@ def test_an_exported_functional_step_is_one_operator_and_mutates_nothing(exporte
     [lambda p: p, through_a_file, lambda p: p.run_decompositions()],
     ids=["as is", "saved and loaded", "decomposed"],
 )
-def test_an_exported_module_around_the_mutating_operator_keeps_its_state_in_buffers(bits, make):
-    grads = arguments(bits)[1]
-    program = make(torch.export.export(InPlace(bits), tuple(grads)))
-    module, eager = program.module(), InPlace(bits)
+def test_an_exported_module_around_the_mutating_operator_keeps_its_state_in_buffers(case, make):
+    grads = arguments(*case)[1]
+    program = make(torch.export.export(InPlace(*case), tuple(grads)))
+    module, eager = program.module(), InPlace(*case)
     for k in range(5):
         scaled = [g * (k + 1) for g in grads]
         assert torch.equal(module(*scaled), eager(*scaled))
@@ -135,12 +146,12 @@ def test_an_exported_module_around_the_mutating_operator_keeps_its_state_in_buff
     assert all(torch.equal(value, expected[name]) for name, value in module.named_buffers())
     assert expected["step"].eq(5).all()
     mutated = set(program.run_decompositions().graph_signature.buffers_to_mutate.values())
-    assert mutated == expected.keys() - {"hyper"}
+    assert mutated == expected.keys() - {"hyper", "max_unorm"}
 
 
 @pytest.mark.parametrize("tracing", ["real", "fake", "symbolic"])
-def test_make_fx_records_the_functional_step(bits, tracing):
-    graph = make_fx(Functional(bits), tracing_mode=tracing)(*arguments(bits))
+def test_make_fx_records_the_functional_step(case, tracing):
+    graph = make_fx(Functional(*case), tracing_mode=tracing)(*arguments(*case))
     called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-    assert called.count(getattr(OPS, f"adam_step_{bits}bit").default) == 1
-    assert equal(run_five(graph, bits), run_five(Functional(bits), bits))
+    assert called.count(case[0].functional) == 1
+    assert equal(run_five(graph, case), run_five(Functional(*case), case))

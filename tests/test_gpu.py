@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from buckets import Bucket, assert_close
-from test_triton import KINDS, NAMES, adam, awkward
+from test_triton import CASES, made
 from torch import Tensor, nn
 
+from bnb_compile.ops.step import StepOp
 from bnb_compile.optim import AdamW8bit, AdamW32bit
 
 pytestmark = pytest.mark.gpu
@@ -23,42 +24,42 @@ STEPS = 20
 def to_gpu(bucket: Bucket) -> Bucket:
     """A copy on the GPU with the same strides."""
 
-    def move(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
+    def move(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
         storage = torch.empty(0, dtype=x.dtype, device="cuda").set_(x.untyped_storage().cuda())
         return storage.as_strided(x.shape, x.stride(), x.storage_offset())
 
     return torch.utils._pytree.tree_map(move, bucket)
 
 
-def through_inductor(bits: int, bucket: Bucket) -> None:
-    def step(*args: Any) -> None:
-        adam(bits).in_place(*args)
+def through_inductor(op: StepOp, bucket: Bucket) -> None:
+    def step(*args: Any, **options: Any) -> None:
+        op.in_place(*args, **options)
 
-    torch.compile(step, fullgraph=True)(*bucket.arguments)
+    bucket.call(torch.compile(step, fullgraph=True))
 
 
-def through_launch(bits: int, bucket: Bucket) -> None:
+def through_launch(op: StepOp, bucket: Bucket) -> None:
     from bnb_compile.lowering.triton.launch import TritonStep
 
-    TritonStep(adam(bits), bucket.params, bucket.arenas, bucket.step, bucket.hyper)(bucket.grads)
+    bucket.launch(TritonStep, op)
 
 
 @pytest.mark.parametrize("run", [through_inductor, through_launch], ids=["inductor", "launch"])
-@pytest.mark.parametrize("name", NAMES)
-def test_kernels_equal_the_eager_operator(name: str, run: Callable[[int, Bucket], None]) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_equal_the_eager_operator(name: str, run: Callable[[StepOp, Bucket], None]) -> None:
     """Parameters within one ulp, codes at most one apart.
 
     Approximate square roots and reciprocals are right to 2**-22, and a code in 100 may lie just above half of
     the smallest value, which the fast encoder makes 0.
     """
-    bits, *_ = kind = KINDS[NAMES.index(name)]
+    op = CASES[name][0]
     torch._dynamo.reset()
-    actual, expected = to_gpu(awkward(*kind)), to_gpu(awkward(*kind))
-    adam(bits).in_place(*expected.arguments)
-    run(bits, actual)
-    assert_close(adam(bits), actual, expected, rate=2e-2)
+    actual, expected = to_gpu(made(name).bucket), to_gpu(made(name).bucket)
+    expected.call(op.in_place)
+    run(op, actual)
+    assert_close(op, actual, expected, rate=2e-2)
 
 
 # -- training ------------------------------------------------------------------------------------------------

@@ -14,18 +14,54 @@ from typing import Any
 
 import pytest
 import torch
-from buckets import EXPANDED, STRIDED, Bucket, assert_close, make
+from buckets import (
+    EVERYTHING,
+    EXPANDED,
+    FEW_SIZES,
+    STRIDED,
+    Awkward,
+    Bucket,
+    assert_close,
+    awkward,
+    copy,
+    make,
+)
 from expecttest import assert_expected_inline
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from bnb_compile.ops.blockwise import dequantize_op, quantize_op
-from bnb_compile.ops.step import GRAD_LIMIT, STEP_OPS, StepOp
+from bnb_compile.ops.step import GRAD_LIMIT, STEP_OPS, Modes, StepOp
 
 BITS = pytest.mark.parametrize("bits", [8, 32])
-PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GRAD_DTYPES = (torch.float32, torch.bfloat16)
-SIZES = [(0,), (1,), (255,), (256,), (257,), (4095,), (4096,), (4097,), (), (33, 40), (3, 0)]
+DTYPES = [*itertools.product((torch.float32, torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16))]
+TRUST = Modes(trust=True)
+
+
+def _steps() -> dict[str, tuple[StepOp, Modes, torch.dtype, torch.dtype]]:
+    """Every operator, with another pair of dtypes each, and some of them in other modes."""
+    kinds = [(op, Modes()) for op in STEP_OPS.values()]
+    for rule, bits in (("lamb", 8), ("sgd_plain", 32)):
+        kinds += [(STEP_OPS[rule, bits], modes) for modes in (TRUST, EVERYTHING)]
+    kinds.append((STEP_OPS["rmsprop_momentum", 8], Modes(block_wise=False)))
+    kinds.append((STEP_OPS["ademamix", 8], Modes(scaled=True, skip_zeros=True)))
+    return {
+        f"{op.name}{''.join(f', {k}={v}' for k, v in modes._asdict().items() if v != getattr(Modes(), k))}": (
+            op,
+            modes,
+            *dtypes,
+        )
+        for (op, modes), dtypes in zip(kinds, itertools.cycle(DTYPES))
+    }
+
+
+STEPS = _steps()
+#: Those compiled in a graph: each rule with 8-bit or 32-bit states in turn, and all modes.
+IN_GRAPH = {
+    name: step
+    for k, (name, step) in enumerate(STEPS.items())
+    if k % 4 in (0, 3) or step[1] != Modes() or step[0].name == "sgd_plain_step_32bit"
+}
 
 
 @pytest.fixture(autouse=True)
@@ -34,15 +70,16 @@ def no_recompile_limits_across_tests() -> None:
 
 
 def step_of(op: StepOp) -> Callable[..., None]:
-    def step(params: list, grads: list, *rest: Tensor) -> None:
-        op.in_place(params, grads, *rest)
+    def step(params: list, grads: list, *rest: Tensor, **options: Any) -> None:
+        op.in_place(params, grads, *rest, **options)
 
     return step
 
 
 def through_inductor(op: StepOp, bucket: Bucket) -> str:
     """Run the step compiled, and return the generated code."""
-    _, (code,) = run_and_get_code(torch.compile(step_of(op), fullgraph=True), *bucket.arguments)
+    step = torch.compile(step_of(op), fullgraph=True)
+    _, (code,) = run_and_get_code(step, *bucket.arguments, **bucket.options)
     return code
 
 
@@ -50,7 +87,7 @@ def through_launch(op: StepOp, bucket: Bucket) -> str:
     """Run the kernel without a graph."""
     from bnb_compile.lowering.cpp.launch import CompiledStep
 
-    CompiledStep(op, bucket.params, bucket.arenas, bucket.step, bucket.hyper)(bucket.grads)
+    bucket.launch(CompiledStep, op)
     return ""
 
 
@@ -82,44 +119,81 @@ def equal(a: Tensor, b: Tensor) -> bool:
 # -- the step ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("param_dtype, grad_dtype", [*itertools.product(PARAM_DTYPES, GRAD_DTYPES)])
-@BITS
-@PATHS
-def test_compiled_step_equals_eager(
-    run: Callable, bits: int, param_dtype: torch.dtype, grad_dtype: torch.dtype
-) -> None:
-    op = STEP_OPS["adam", bits]
-
-    def bucket() -> Bucket:
-        torch.manual_seed(1)
-        strided = [(make().to(param_dtype), make().to(grad_dtype)) for make in STRIDED.values()]
-        strided = [(param, grad.to(param)) for param, grad in strided]
-        expanded = [make().to(grad_dtype) for make in EXPANDED.values()]
-        given = [grad for _, grad in strided] + expanded
-        shapes = [*SIZES, (70,), *(p for p, _ in strided), *(g.shape for g in expanded)]
-        b = make(op, shapes, param_dtype, grad_dtype, without_grad=[11])
-        grads = b.grads[: -len(given)] + [g.to(grad_dtype) for g in given]
-        return b._replace(grads=grads)
-
-    expected, actual, old = bucket(), bucket(), bucket()
-    op.in_place(*expected.arguments)
-    code = run(op, actual)
+def assert_stepped(op: StepOp, actual: Bucket, case: Awkward) -> None:
+    """A bucket after a compiled step is as after an eager one, which is made here."""
+    old, expected = case.bucket, copy(case.bucket)
+    expected.call(op.in_place)
     assert_close(op, actual, expected)
-    assert torch.equal(actual.params[11], old.params[11])
+    assert torch.equal(actual.params[case.without_grad], old.params[case.without_grad])
+    kept = actual.params[case.unusable] == old.params[case.unusable]
+    assert kept[case.places].all()
     for grad, before in zip(actual.grads, old.grads):
-        assert grad is None or torch.equal(grad, before)
+        assert grad is None or equal(grad, before)
     assert torch.equal(actual.hyper, old.hyper)
-    if code:
-        assert_kernels(code, 1)
-        # Neither a parameter nor an arena is copied.
-        assert not re.search(r"empty_strided|clone|\.copy_\(|reinterpret_tensor\(", body(code))
+    if "grad_scale" in old.options:
+        for k in (-2, -1):  # not finite
+            assert torch.equal(actual.params[k], old.params[k]) and actual.step[k] == old.step[k]
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_each_launch_equals_the_eager_operator(case: str) -> None:
+    op, modes, *dtypes = STEPS[case]
+    made = awkward(op, *dtypes, modes)
+    actual = copy(made.bucket)
+    through_launch(op, actual)
+    assert_stepped(op, actual, made)
+
+
+@pytest.fixture(scope="module")
+def in_one_graph() -> tuple[str, dict[str, Bucket]]:
+    """The generated code of a graph that steps a bucket of every case, and the buckets after it."""
+    buckets = {
+        name: awkward(op, *dtypes, modes, FEW_SIZES).bucket for name, (op, modes, *dtypes) in IN_GRAPH.items()
+    }
+    buckets = {name: copy(bucket) for name, bucket in buckets.items()}
+
+    def step(buckets: list[tuple[tuple, dict]]) -> None:
+        for (op, *_), (arguments, options) in zip(IN_GRAPH.values(), buckets):
+            op.in_place(*arguments, **options)
+
+    torch._dynamo.reset()
+    arguments = [(bucket.arguments, bucket.options) for bucket in buckets.values()]
+    _, (code,) = run_and_get_code(torch.compile(step, fullgraph=True), arguments)
+    return code, buckets
+
+
+@pytest.mark.parametrize("case", IN_GRAPH)
+def test_each_kernel_of_a_graph_equals_the_eager_operator(case: str, in_one_graph: tuple) -> None:
+    op, modes, *dtypes = IN_GRAPH[case]
+    assert_stepped(op, in_one_graph[1][case], awkward(op, *dtypes, modes, FEW_SIZES))
+
+
+def test_each_step_of_a_graph_is_one_kernel_and_copies_nothing(in_one_graph: tuple) -> None:
+    code, _ = in_one_graph
+    assert_kernels(code, len(IN_GRAPH))
+    assert not re.search(r"empty_strided|clone|\.copy_\(|reinterpret_tensor\(", body(code))
+
+
+@pytest.mark.parametrize("case", [name for name, (_, modes, *_) in STEPS.items() if modes.two_phases])
+def test_sums_over_a_parameter_do_not_depend_on_the_number_of_threads(case: str) -> None:
+    op, modes, *dtypes = STEPS[case]
+    one, two = (make(op, [(300_000,), (5,), (700, 3)], *dtypes, modes=modes) for _ in range(2))
+    threads = torch.get_num_threads()
+    for bucket, count in ((one, 1), (two, 2)):
+        torch.set_num_threads(count)
+        try:
+            through_launch(op, bucket)
+        finally:
+            torch.set_num_threads(threads)
+    for a, b in zip([*one.params, *one.state], [*two.params, *two.state]):
+        assert torch.equal(a, b)
 
 
 @BITS
 def test_steps_of_any_number_of_parameters_are_one_kernel(bits: int) -> None:
     op = STEP_OPS["adam", bits]
     expected, actual = (make(op, [(k % 7, 50 + k) for k in range(40)]) for _ in range(2))
-    op.in_place(*expected.arguments)
+    expected.call(op.in_place)
     code = through_inductor(op, actual)
     assert_kernels(code, 1)
     assert_close(op, actual, expected)
@@ -139,13 +213,13 @@ def test_functional_step_equals_eager_in_one_kernel_of_its_own(bits: int) -> Non
 
     old, given = bucket(), bucket()
     params, *state = op.functional(*old.arguments)
-    expected = Bucket(params, [], state[:-1], state[-1], old.hyper)
+    expected = old._replace(params=params, arenas=state[:-1], step=state[-1])
 
     def step(params: list, grads: list, *rest: Tensor) -> tuple:
         return op.functional(params, grads, *rest)
 
     (params, *state), (code,) = run_and_get_code(torch.compile(step, fullgraph=True), *given.arguments)
-    actual = Bucket(params, [], state[:-1], state[-1], given.hyper)
+    actual = given._replace(params=params, arenas=state[:-1], step=state[-1])
     assert_close(op, actual, expected)
     assert [p.stride() for p in actual.params] == [p.stride() for p in expected.params]
     for result, untouched in zip([*given.params, *given.state], [*old.params, *old.state], strict=True):
@@ -181,7 +255,7 @@ def test_unusable_gradients_in_compiled_code_equal_eager(run: Callable, bits: in
         return b
 
     expected, actual, old = bucket(), bucket(), bucket()
-    op.in_place(*expected.arguments)
+    expected.call(op.in_place)
     run(op, actual)
     assert_close(op, actual, expected)
     for param, grad, before in zip(actual.params, actual.grads, old.params):
@@ -202,7 +276,7 @@ def test_every_gradient_scale_equals_eager(run: Callable, scale: float) -> None:
         return b._replace(grads=[g * scale for g in b.grads])
 
     expected, actual = bucket(), bucket()
-    op.in_place(*expected.arguments)
+    expected.call(op.in_place)
     run(op, actual)
     for (name, _), a, e in zip(op.arenas, actual.arenas, expected.arenas):
         if name.endswith("codes"):
@@ -279,7 +353,7 @@ def test_wrong_arguments_are_named_while_compiling() -> None:
 def test_launch_ignores_default_dtype_and_device() -> None:
     op = STEP_OPS["adam", 8]
     expected, actual = (make(op, [(300,), STRIDED["transposed"]().zero_()]) for _ in range(2))
-    op.in_place(*expected.arguments)
+    expected.call(op.in_place)
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -305,14 +379,28 @@ static inline void update(V& param, const V& grad, V* state, const V* s) {
     const V t2 = s[3] * state[1];
     const V t3 = s[4] * grad;
     const V t4 = at::vec::fmadd(t3, grad, t2);
-    const V t5 = s[0] * param;
-    const V t6 = (t4).sqrt();
-    const V t7 = t6 + s[6];
-    const V t8 = t1 / t7;
-    const V t9 = at::vec::fnmadd(s[5], t8, t5);
+    const V t5 = (t4).sqrt();
+    const V t6 = t5 + s[6];
+    const V t7 = t1 / t6;
+    const V t8 = s[0] * param;
+    const V t9 = at::vec::fnmadd(s[5], t7, t8);
     param = t9;
     state[0] = t1;
     state[1] = t4;
+  }
+  static inline V direction(const V& param, const V& grad, V* state, const V* s) {
+    const V t0 = s[1] * state[0];
+    const V t1 = at::vec::fmadd(s[2], grad, t0);
+    const V t2 = s[3] * state[1];
+    const V t3 = s[4] * grad;
+    const V t4 = at::vec::fmadd(t3, grad, t2);
+    const V t5 = (t4).sqrt();
+    const V t6 = t5 + s[6];
+    const V t7 = t1 / t6;
+    const V direction = t7;
+    state[0] = t1;
+    state[1] = t4;
+    return direction;
   }
 };""",
     )
@@ -494,8 +582,8 @@ from torch._inductor.cpu_vec_isa import pick_vec_isa
 assert {isa!r} in str(pick_vec_isa()).lower(), pick_vec_isa()
 op = STEP_OPS["adam", 8]
 expected, actual = (make(op, [(300,), (40, 70), (4096,)]) for _ in range(2))
-op.in_place(*expected.arguments)
-CompiledStep(op, actual.params, actual.arenas, actual.step, actual.hyper)(actual.grads)
+expected.call(op.in_place)
+actual.launch(CompiledStep, op)
 assert_close(op, actual, expected)
 """
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from bnb_compile import rules
 from bnb_compile.lowering.printer import Dialect, trace, write
 from bnb_compile.ops import codebook
-from bnb_compile.rules import ADAM
 
 _PLAIN = {
     "add": "({} + {})",
     "sub": "({} - {})",
     "mul": "({} * {})",
-    "div": "({} / {})",
+    "div": "divide({}, {})",
     "neg": "(-{})",
     "abs": "abs({})",
     "sqrt": "math.sqrt({})",
@@ -35,6 +35,26 @@ _PLAIN = {
 _FUSING = _PLAIN | {"fma": "fma({}, {}, {})", "fnma": "fnma({}, {}, {})"}
 
 
+#: Hyperparameters; AdEMAMix has schedules, and Nesterov's form and LAMB's flags are on.
+VALUES = {
+    "lr": 1e-3,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "beta3": 0.9999,
+    "alpha": 0.97,
+    "momentum": 0.9,
+    "dampening": 0.2,
+    "eps": 1e-8,
+    "weight_decay": 0.01,
+    "lr_decay": 1e-3,
+    "t_alpha": 5.0,
+    "t_beta3": 100.0,
+    "nesterov": 1.0,
+    "bias_correction": 1.0,
+    "adam_w_mode": 1.0,
+}
+
+
 def python(operations: dict[str, str]) -> Dialect:
     return Dialect("{name} = {value}", lambda value: f"float('{float(value)}')", operations)
 
@@ -48,6 +68,7 @@ def run_printed(function: Callable, *values: float, fused: bool = False) -> tupl
         zip(names, values),
         math=math,
         operator=operator,
+        divide=lambda a, b: a / b if b else a * math.inf,  # as floats do
         fma=lambda a, b, c: a * b + c,
         fnma=lambda a, b, c: c - a * b,
     )
@@ -112,24 +133,42 @@ def test_printed_closed_form(signed: bool, scale: float) -> None:
     assert run_printed(function, scale, fused=True)[0] == run_itself(function, scale)
 
 
-def test_printed_adam() -> None:
-    hyper = (1e-3, 0.9, 0.999, 1e-8, 0.01)
-
+@pytest.mark.parametrize("step", [1.0, 7.0])
+@pytest.mark.parametrize("rule", rules.ALL, ids=[rule.name for rule in rules.ALL])
+def test_printed_rules(rule: rules.Rule, step: float) -> None:
     def scalars(*a: Tensor) -> tuple:
-        return tuple(ADAM.scalars(ADAM.hyper(*a[:-1]), a[-1]))
+        return tuple(rule.scalars(rule.hyper(*a[:-1]), a[-1]))
 
-    shared = run_itself(scalars, *hyper, 7.0)
-    assert run_printed(scalars, *hyper, 7.0)[0] == pytest.approx(shared, rel=1e-15)
+    hyper = [VALUES[name] for name in rule.hyper._fields]
+    shared = run_itself(scalars, *hyper, step)
+    assert run_printed(scalars, *hyper, step)[0] == pytest.approx(shared, rel=1e-15)
 
-    kind = type(ADAM.scalars(ADAM.hyper(*[torch.ones(())] * 5), torch.ones(())))
+    count = 2 + len(rule.states)
+    kind = type(rule.scalars(rule.hyper(*map(torch.tensor, hyper)), torch.tensor(step)))
+    values = [0.7, -0.3, 0.2, 0.04, 0.05][:count]
+    for of_elements in (rule.update, rule.direction):
 
-    def update(*a: Tensor) -> tuple:
-        return ADAM.update(*a[:4], kind(*a[4:]))
+        def function(*a: Tensor, of_elements: Callable = of_elements) -> tuple:
+            return of_elements(*a[:count], kind(*a[count:]))
 
-    values = (0.7, -0.3, 0.2, 0.04, *shared)
-    assert run_printed(update, *values, fused=True)[0] == pytest.approx(
-        run_itself(update, *values), rel=1e-15
-    )
+        expected = run_itself(function, *values, *shared)
+        assert run_printed(function, *values, *shared, fused=True)[0] == pytest.approx(expected, rel=1e-14)
+        assert len(expected) == 1 + len(rule.states)
+
+
+@pytest.mark.parametrize("max_unorm", [0.0, 0.1, 2.0])
+@pytest.mark.parametrize("param_norm", [0.0, 1.5])
+@pytest.mark.parametrize("update_norm", [0.0, 0.5, 700.0])
+def test_printed_trust_ratio(max_unorm: float, param_norm: float, update_norm: float) -> None:
+    limit = max_unorm * param_norm
+    expected = limit / update_norm if 0 < limit < update_norm else 1.0
+
+    def function(*a: Tensor) -> tuple[Tensor]:
+        return (rules.trust_ratio(*a),)
+
+    values = max_unorm, param_norm, update_norm
+    assert run_itself(function, *values) == [expected]
+    assert run_printed(function, *values)[0] == [expected]
 
 
 @pytest.mark.parametrize(

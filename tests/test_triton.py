@@ -6,6 +6,7 @@ The interpreter runs the portable kernels; the fast ones, with NVIDIA's instruct
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -20,18 +21,17 @@ from typing import Any
 import fake_gpu
 import pytest
 import torch
-from buckets import EXPANDED, STRIDED, Bucket, assert_close, make
+from buckets import EVERYTHING, FEW_SIZES, SIZES, Awkward, Bucket, assert_close, awkward, copy, make
 from expecttest import assert_expected_inline
 from torch import Tensor
 
 import bnb_compile.lowering.triton as triton_lowering
-from bnb_compile.lowering.triton import device, print_update
+from bnb_compile.lowering.triton import device, print_rule
 from bnb_compile.ops.blockwise import dequantize_op, quantize_op
 from bnb_compile.ops.codebook import bounds, create_dynamic_map, nearest, outward_bounds
 from bnb_compile.ops.norms import norms_op
-from bnb_compile.ops.step import STEP_OPS, StepOp
+from bnb_compile.ops.step import STEP_OPS, Modes, StepOp
 
-SIZES = [(0,), (1,), (255,), (256,), (257,), (264,), (4095,), (4096,), (4097,), (), (16, 40)]
 #: Bits, dtype of the parameters, dtype of the gradients.
 KINDS = [
     (8, torch.float32, torch.float32),
@@ -44,56 +44,53 @@ KINDS = [
 NAMES = [f"{bits} bits, {p}, {g}".replace("torch.", "") for bits, p, g in KINDS]
 
 
+#: Steps that must know a whole parameter first, and one that need not.
+MODES = {
+    ("lamb", 8): EVERYTHING,
+    ("sgd_plain", 32): EVERYTHING,
+    ("lion", 8): Modes(trust=True),
+    ("ademamix", 32): Modes(trust=True, scaled=True),
+    ("rmsprop_momentum", 8): Modes(block_wise=False),
+    ("adam", 8): Modes(scaled=True, skip_zeros=True),
+}
+
+
 def adam(bits: int) -> StepOp:
     return STEP_OPS["adam", bits]
 
 
-def awkward(bits: int, param_dtype: torch.dtype, grad_dtype: torch.dtype, seed: int = 0) -> Bucket:
-    """Every size and layout, one parameter without a gradient, and gradients that must not be used."""
-    torch.manual_seed(seed)
-    layouts = [STRIDED[name]() for name in ("transposed", "channels_last", "every other")]
-    expanded = EXPANDED["expanded row"]().to(grad_dtype)
-    params = [*SIZES, *layouts, torch.randn(expanded.shape), (300,), (512,)]
-    params = [p.to(param_dtype) if isinstance(p, Tensor) else p for p in params]
-    bucket = make(adam(bits), params, param_dtype, grad_dtype, without_grad=[len(params) - 2], seed=seed)
-    channels_last = len(SIZES) + 1
-    bucket.grads[channels_last] = bucket.grads[channels_last].to(memory_format=torch.channels_last)
-    bucket.grads[len(params) - 3] = expanded[:1].expand(expanded.shape)
-    bad = bucket.grads[-1]
-    bad[3], bad[300], bad[301], bad[511] = math.nan, math.inf, -math.inf, 1e30
-    return bucket
+def _cases() -> dict[str, tuple[StepOp, Modes, torch.dtype, torch.dtype]]:
+    """Adam in many dtypes, every operator in some, and a few in other modes."""
+    steps = {name: (adam(bits), Modes(), *dtypes) for name, (bits, *dtypes) in zip(NAMES, KINDS)}
+    for op, (_, *dtypes) in zip(STEP_OPS.values(), itertools.cycle(KINDS[:2] + KINDS[3:])):
+        if op.rule.name != "adam":
+            steps[op.name] = (op, Modes(), *dtypes)
+    for (rule, bits), modes in MODES.items():
+        steps[f"{rule}, {bits} bits, modes"] = (STEP_OPS[rule, bits], modes, *KINDS[1][1:])
+    return steps
 
 
-def copy(bucket: Bucket) -> Bucket:
-    """A copy that keeps strides, also of tensors that overlap themselves."""
-
-    def same_layout(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
-        storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage().clone())
-        return storage.as_strided(x.shape, x.stride(), x.storage_offset())
-
-    return torch.utils._pytree.tree_map(same_layout, bucket)
+CASES = _cases()
 
 
-def on_gpu(x: Tensor | None) -> Tensor | None:
+def on_gpu(x: Any) -> Any:
     """A fake tensor with the layout of `x`; only under a FakeTensorMode."""
-    if x is None:
-        return None
+    if not isinstance(x, Tensor):
+        return x
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda:0")
 
 
-def emit(op: StepOp, *args: Any, fast: bool = True) -> str:
-    """Source of the step in place, of a `Bucket` or of arguments on a fake GPU."""
+def emit(op: StepOp, made: Bucket | Callable[[], Bucket]) -> str:
+    """Source of the step in place; a function makes its bucket on a fake GPU."""
 
-    def step(*args: Any) -> None:
-        op.in_place(*args)
+    def step(arguments: tuple, options: dict) -> None:
+        op.in_place(*arguments, **options)
 
     def arguments() -> tuple:
-        made = args[0]() if callable(args[0]) else args[0].arguments
-        return torch.utils._pytree.tree_map(on_gpu, made)
+        bucket = made() if callable(made) else made
+        return torch.utils._pytree.tree_map(on_gpu, (bucket.arguments, bucket.options))
 
-    return fake_gpu.emit(step, arguments, fast=fast)
+    return fake_gpu.emit(step, arguments)
 
 
 def launches(source: str) -> list[str]:
@@ -106,45 +103,45 @@ def launches(source: str) -> list[str]:
 # -- the kernels under the interpreter -----------------------------------------------------------------------
 
 
+def made(name: str) -> Awkward:
+    """The bucket of a step, before it."""
+    op, modes, *dtypes = CASES[name]
+    return awkward(op, *dtypes, modes, SIZES if name in (NAMES[1], NAMES[3]) else FEW_SIZES)
+
+
 @pytest.fixture(scope="module")
-def stepped() -> dict[str, tuple[Bucket, Bucket]]:
-    """By kind: a bucket after a step of the emitted kernels, and after a step of the eager operator."""
-    expected = [awkward(*kind) for kind in KINDS]
-    actual = [copy(bucket) for bucket in expected]
+def stepped() -> dict[str, Bucket]:
+    """By name: a bucket after a step of the emitted kernels."""
+    buckets = {name: copy(made(name).bucket) for name in CASES}
 
     def step(*buckets: Any) -> None:
-        for (bits, *_), arguments in zip(KINDS, buckets):
-            adam(bits).in_place(*arguments)
+        for (op, *_), (arguments, options) in zip(CASES.values(), buckets):
+            op.in_place(*arguments, **options)
 
-    def arguments() -> tuple:
-        return torch.utils._pytree.tree_map(on_gpu, tuple(bucket.arguments for bucket in expected))
-
-    source = fake_gpu.emit(step, arguments, fast=False)
-    fake_gpu.interpret(source, tuple(bucket.arguments for bucket in actual))
-    step(*(bucket.arguments for bucket in expected))
-    return dict(zip(NAMES, zip(actual, expected)))
+    arguments = tuple((bucket.arguments, bucket.options) for bucket in buckets.values())
+    source = fake_gpu.emit(step, lambda: torch.utils._pytree.tree_map(on_gpu, arguments), fast=False)
+    fake_gpu.interpret(source, arguments)
+    return buckets
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_emitted_kernels_equal_the_eager_operator(
-    name: str, stepped: dict[str, tuple[Bucket, Bucket]]
-) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_emitted_kernels_equal_the_eager_operator(name: str, stepped: dict[str, Bucket]) -> None:
     """Parameters of 16 bits may differ by one ulp: the interpreter truncates where a GPU rounds.
 
     At most one code in 10,000 (or one in all) is the neighbour, where x / absmax lies within rounding of a
     midpoint: the kernel multiplies with 1 / absmax.
     """
-    bits, param_dtype, grad_dtype = KINDS[NAMES.index(name)]
-    actual, expected = stepped[name]
-    assert_close(adam(bits), actual, expected)
-    before = awkward(bits, param_dtype, grad_dtype)
+    op, modes, *_ = CASES[name]
+    before, without_grad, unusable, places = made(name)
+    actual, expected = stepped[name], copy(before)
+    expected.call(op.in_place)
+    assert_close(op, actual, expected)
     for k, (old, new) in enumerate(zip(before.params, actual.params)):
-        if before.grads[k] is None:
+        if k == without_grad or (modes.scaled and k >= len(before.params) - 2):
             assert torch.equal(old, new)
         elif old.numel() > 1:
             assert bool((old != new).any())
-    for place in (3, 300, 301, 511):
-        assert before.params[-1][place] == actual.params[-1][place]
+    assert torch.equal(before.params[unusable][places], actual.params[unusable][places])
 
 
 # Each changes the gradients of a bucket and steps it.
@@ -180,12 +177,16 @@ def _no_gradient_at_all(bucket: Bucket, step: Callable[[], None]) -> None:
     step()
 
 
-#: Kind, function, number of steps.
+#: Name of the step, function, number of steps.
 SCENARIOS = {
-    "gradients that move": (KINDS[0], _moving, 2),
-    "other gradients that are None": (KINDS[1], _absent, 5),
-    "gradients of another layout": (KINDS[4], _other_layout, 3),
-    "no gradient at all": (KINDS[0], _no_gradient_at_all, 1),
+    "gradients that move": (NAMES[0], _moving, 2),
+    "other gradients that are None": (NAMES[1], _absent, 5),
+    "gradients of another layout": (NAMES[4], _other_layout, 3),
+    "no gradient at all": (NAMES[0], _no_gradient_at_all, 1),
+    "two phases and gradients that are None": ("lamb, 8 bits, modes", _absent, 5),
+    "two phases and another layout": ("ademamix, 32 bits, modes", _other_layout, 3),
+    "two phases without a trust ratio": ("rmsprop_momentum, 8 bits, modes", _moving, 2),
+    "two phases without a state": ("sgd_plain, 32 bits, modes", _moving, 2),
 }
 
 
@@ -194,14 +195,14 @@ def _run_scenarios(result: str) -> None:
     from bnb_compile.lowering.triton.launch import TritonStep
 
     pairs: dict[str, list[tuple[Bucket, Bucket]]] = {}
-    for name, (kind, scenario, _) in SCENARIOS.items():
-        op, bucket = adam(kind[0]), awkward(*kind)
-        launch = TritonStep(op, bucket.params, bucket.arenas, bucket.step, bucket.hyper)
+    for name, (case, scenario, _) in SCENARIOS.items():
+        op, bucket = CASES[case][0], made(case).bucket
+        launch = TritonStep(op, bucket.params, bucket.arenas, bucket.step, bucket.hyper, **bucket.options)
         pairs[name] = []
 
         def step(op=op, bucket=bucket, launch=launch, compared=pairs[name]) -> None:
             expected = copy(bucket)
-            op.in_place(*expected.arguments)
+            expected.call(op.in_place)
             launch(bucket.grads)
             compared.append((copy(bucket), expected))
             check_written_addresses(launch)
@@ -239,7 +240,7 @@ def test_each_eager_launch_equals_the_eager_operator_with(
 ) -> None:
     assert len(launched[name]) == steps
     for actual, expected in launched[name]:
-        assert_close(adam(SCENARIOS[name][0][0]), actual, expected)
+        assert_close(CASES[SCENARIOS[name][0]][0], actual, expected)
 
 
 # -- launches ------------------------------------------------------------------------------------------------
@@ -258,8 +259,22 @@ def test_a_step_is_two_launches_and_one_more_for_1500_more_tensors(count: int, e
 
 
 def test_tensors_without_vector_accesses_are_one_more_launch() -> None:
-    source = emit(adam(8), awkward(*KINDS[1]))
+    source = emit(adam(8), awkward(adam(8), *KINDS[1][1:]).bucket)
     assert launches(source) == [PREPARE, STEP, STEP]
+
+
+@pytest.mark.parametrize("modes", [EVERYTHING, Modes(trust=True), Modes(block_wise=False)], ids=str)
+@pytest.mark.parametrize("shapes", [[(64,)] * 4, [(64,), (63,), (8,), (7,)]], ids=["vectors", "irregular"])
+def test_a_step_of_two_phases_measures_and_finishes_before_it_updates(modes: Modes, shapes: list) -> None:
+    count = 2 if (63,) in shapes else 1
+    source = emit(adam(8), make(adam(8), shapes, torch.bfloat16, modes=modes))
+    measure, finish = f"{STEP}_measure", f"{STEP}_finish"
+    assert launches(source) == [PREPARE, *[measure] * count, finish, *[STEP] * count]
+
+
+def test_other_modes_are_the_same_launches() -> None:
+    source = emit(adam(8), make(adam(8), [(64,)] * 4, modes=Modes(scaled=True, skip_zeros=True)))
+    assert launches(source) == [PREPARE, STEP]
 
 
 def test_the_functional_step_copies_what_it_returns_and_nothing_else() -> None:
@@ -290,8 +305,8 @@ def test_emitted_norms_are_right_in_three_launches_and_one_more_for_irregular_te
     torch.testing.assert_close(norms, norms_op(xs), rtol=1e-6, atol=0)
 
 
-def huge(op: StepOp, numel: int) -> Callable[[], tuple]:
-    def arguments() -> tuple:
+def huge(op: StepOp, numel: int) -> Callable[[], Bucket]:
+    def bucket() -> Bucket:
         param = torch.empty(numel, dtype=torch.bfloat16, device="meta")
         sizes = {"codes": numel, "absmax": numel // 256}
         arenas = [
@@ -299,9 +314,9 @@ def huge(op: StepOp, numel: int) -> Callable[[], tuple]:
             for name, dtype in op.arenas
         ]
         step, hyper = torch.empty(1, device="meta"), torch.empty(1, 5, dtype=torch.float64, device="meta")
-        return [param], [param], *arenas, step, hyper
+        return Bucket([param], [param], arenas, step, hyper, {})
 
-    return arguments
+    return bucket
 
 
 @pytest.mark.parametrize(("numel", "index"), [(2**31, "int64"), (2**31 - 256, "int32")])
@@ -339,10 +354,10 @@ exp_avg_values, exp_avg_sq_values, shared""",
 
 def test_the_printed_update() -> None:
     assert_expected_inline(
-        print_update(adam(8)),
+        print_rule(adam(8)),
         """\
 @triton.jit
-def update(param, grad, exp_avg, exp_avg_sq, s0, s1, s2, s3, s4, s5, s6, FAST: tl.constexpr):
+def update(param, grad, exp_avg, exp_avg_sq, s0, s1, s2, s3, s4, s5, s6, s7, FAST: tl.constexpr):
     t0 = s1 * exp_avg
     t1 = s2 * grad
     t2 = t0 + t1
@@ -350,13 +365,27 @@ def update(param, grad, exp_avg, exp_avg_sq, s0, s1, s2, s3, s4, s5, s6, FAST: t
     t4 = s4 * grad
     t5 = t4 * grad
     t6 = t3 + t5
-    t7 = s0 * param
-    t8 = sqrt(t6, FAST)
-    t9 = t8 + s6
-    t10 = div(t2, t9, FAST)
-    t11 = s5 * t10
-    t12 = t7 - t11
-    return t12, t2, t6
+    t7 = sqrt(t6, FAST)
+    t8 = t7 + s6
+    t9 = div(t2, t8, FAST)
+    t10 = s0 * param
+    t11 = s5 * t9
+    t12 = t10 - t11
+    return (t12, t2, t6,)
+
+@triton.jit
+def direction(param, grad, exp_avg, exp_avg_sq, s0, s1, s2, s3, s4, s5, s6, s7, FAST: tl.constexpr):
+    t0 = s1 * exp_avg
+    t1 = s2 * grad
+    t2 = t0 + t1
+    t3 = s3 * exp_avg_sq
+    t4 = s4 * grad
+    t5 = t4 * grad
+    t6 = t3 + t5
+    t7 = sqrt(t6, FAST)
+    t8 = t7 + s6
+    t9 = div(t2, t8, FAST)
+    return (t9, t2, t6,)
 """,
     )
 
@@ -384,14 +413,17 @@ def test_arithmetic_between_dequantise_and_quantise_is_one_kernel_and_equals_eag
 
 
 def assemble(
-    bits: int, param_dtype: torch.dtype, sm: int, grad_dtype: torch.dtype | None = None, fast: bool = True
+    op: StepOp, dtype: torch.dtype, sm: int, modes: Modes | None = None, measure: bool = False
 ) -> tuple[fake_gpu.Assembly, float]:
-    """The kernel for tensors with vector accesses, and its instructions for each parameter."""
-    op = adam(bits)
-    variant = triton_lowering.Variant(aligned=True, dims=0, long=False, fast=fast)
-    source = triton_lowering.step_kernel(op, "kernel", param_dtype, grad_dtype or param_dtype, variant)
+    """The fast kernel for tensors with vector accesses, and its instructions for each parameter."""
+    modes = modes or Modes()
+    variant = triton_lowering.Variant(aligned=True, dims=0, long=False, fast=True)
+    print_kernel, base = (
+        (triton_lowering.measure_kernel, [0]) if measure else (triton_lowering.step_kernel, [])
+    )
+    source = print_kernel(op, modes, "kernel", dtype, dtype, variant, *base)
     kernel = fake_gpu.load(triton_lowering.IMPORTS + source, "kernel")
-    arguments = triton_lowering.step_arguments(op, variant)
+    arguments = triton_lowering.step_arguments(op, modes, variant, measure)
     signature = {name: f"*{triton_lowering.TYPES[dtype]}" for name, dtype in arguments.items()}
     assembly = fake_gpu.assemble(kernel, signature, triton_lowering.WARPS, sm)
     elements = triton_lowering.TILE * 256 / (32 * triton_lowering.WARPS)  # of a thread
@@ -402,11 +434,28 @@ def assemble(
 @pytest.mark.parametrize("bits", [8, 32])
 def test_assembled_kernels_stay_in_registers_and_access_16_bytes(bits: int, sm: int) -> None:
     """With 8-bit states a bfloat16 parameter takes at most 84 instructions on sm_90."""
-    assembly, instructions = assemble(bits, torch.bfloat16, sm)
+    assembly, instructions = assemble(adam(bits), torch.bfloat16, sm)
     assert (assembly.stack, assembly.local) == (0, 0)
     assert {"ld.global.v4.b32", "st.global.v4.b32"} <= assembly.accesses
     if (bits, sm) == (8, 90):
         assert instructions <= 84
+
+
+#: What ptxas spills: one register, once in a program.
+SPILLED = {"adagrad_step_8bit": 8}
+
+
+@pytest.mark.parametrize("op", STEP_OPS.values(), ids=[op.name for op in STEP_OPS.values()])
+def test_every_rule_stays_in_registers(op: StepOp) -> None:
+    assembly, _ = assemble(op, torch.bfloat16, 90)
+    assert (assembly.stack, assembly.local) == (SPILLED.get(op.name, 0), 0)
+
+
+@pytest.mark.parametrize("measure", [True, False], ids=["measure", "step"])
+@pytest.mark.parametrize("rule, bits", [("lamb", 8), ("sgd_plain", 32)])
+def test_kernels_of_two_phases_stay_in_registers(rule: str, bits: int, measure: bool) -> None:
+    assembly, _ = assemble(STEP_OPS[rule, bits], torch.bfloat16, 90, EVERYTHING, measure)
+    assert (assembly.stack, assembly.local) == (0, 0)
 
 
 # -- the fast encoder ----------------------------------------------------------------------------------------

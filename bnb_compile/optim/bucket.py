@@ -28,6 +28,7 @@ class Kind(NamedTuple):
         skip_zeros: Whether elements with a zero gradient stay as they are.
         block_wise: Whether each block of 8-bit states has its own scale.
         percentile: Of earlier gradient norms, that a gradient is clipped to; 100 is off.
+        scaled: Whether gradients are multiplied by something.
         stochastic: Whether parameters are rounded stochastically.
         paged: Whether states are in managed memory.
     """
@@ -39,6 +40,7 @@ class Kind(NamedTuple):
     skip_zeros: bool
     block_wise: bool
     percentile: int
+    scaled: bool
     stochastic: bool
     paged: bool
 
@@ -76,8 +78,8 @@ class Bucket:
         self.max_unorm = torch.tensor(max_unorm, device=self.device) if kind.trust else None
         #: Squared norms of each parameter's last gradients.
         self.gnorm = zeros(n, NORMS) if kind.percentile < 100 else None
-        #: What gradients are multiplied by; there from when something first asks for it.
-        self.grad_scale: Tensor | None = None
+        #: What gradients are multiplied by; without `kind.scaled` from when something first asks for it.
+        self.grad_scale = torch.ones_like(self.step) if kind.scaled else None
         self._compiled: Any = None
         #: What ``optimizer.state`` has of each parameter.
         self.entries = [StateEntry(self.views(k)) for k in range(n)]
@@ -144,7 +146,8 @@ class Bucket:
                 view[f"state{i}"].copy_(moment.decode())
                 continue
             table = dynamic_map(kind.signed, self.device)
-            if moment.has_format(BLOCK, table.values) and self.kind.block_wise:
+            one_scale = self.kind.block_wise or moment.one_scale
+            if moment.has_format(BLOCK, table.values) and one_scale:
                 values, absmax = moment.values, moment.absmax
             else:
                 block_size = BLOCK if self.kind.block_wise else max(moment.values.numel(), 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..ops.arena import BLOCK
 from ..ops.blockwise import dequantize
 from ..rules import Rule
+from .family import number
 
 #: bitsandbytes 0.49.2 and later keep the tensors of a parameter under this key.
 _NESTED = "__bnb_optimizer_quant_state__"
@@ -37,6 +38,11 @@ class SavedMoment(NamedTuple):
             return 1
         return BLOCK if self.absmax.numel() == -(-self.values.numel() // BLOCK) else _OLD_BLOCK
 
+    @property
+    def one_scale(self) -> bool:
+        """Whether all blocks have the same scale."""
+        return bool((self.absmax == self.absmax.flatten()[:1]).all())
+
     def has_format(self, block_size: int, qmap: Tensor) -> bool:
         """Whether codes mean the same with these blocks and this map."""
         return self.block_size == block_size and torch.equal(self.qmap.to(qmap), qmap)
@@ -56,8 +62,14 @@ class SavedState(NamedTuple):
     gnorm: Tensor | None = None
 
 
-def flatten(saved: dict[str, Any]) -> dict[str, Any]:
-    """A parameter's entry in a state dict without bitsandbytes' nesting."""
+def flatten(saved: Any) -> dict[str, Any]:
+    """A parameter's entry in a state dict without bitsandbytes' nesting.
+
+    Raises:
+        ValueError: If it is no dict.
+    """
+    if not isinstance(saved, dict):
+        raise ValueError(f"the state of a parameter must be a dict, got {saved!r}")
     return {**saved, **saved.get(_NESTED, {})}
 
 
@@ -89,6 +101,8 @@ def match_groups(
     contents: list[dict[str, Any]] = []
     params: dict[Any, Tensor] = {}
     for k, (group, saved) in enumerate(zip(groups, saved_groups)):
+        if "params" not in saved:
+            raise ValueError(f"group {k} has no 'params', only {sorted(saved)}")
         if len(saved["params"]) != len(group["params"]):
             raise ValueError(
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's "
@@ -137,19 +151,24 @@ def read_state(rule: Rule, key: Any, param: Tensor, saved: dict[str, Any]) -> Sa
         if f"absmax{i}" in saved or f"max{i}" not in saved:
             absmax = tensor(f"absmax{i}")
         else:  # bitsandbytes up to 0.49 with block_wise=False
-            absmax = tensor(f"max{i}").float().expand(blocks[0])
+            absmax = tensor(f"max{i}").float()
+            absmax = absmax.expand(blocks[0]) if absmax.numel() == 1 else absmax
         moment = SavedMoment(values, absmax, tensor(f"qmap{i}"))
-        if values.dtype != torch.uint8 or moment.qmap.numel() != 256 or moment.absmax.numel() not in blocks:
+        scales, qmap = tuple(moment.absmax.shape), tuple(moment.qmap.shape)
+        if values.dtype != torch.uint8 or qmap != (256,) or scales not in [(count,) for count in blocks]:
             raise ValueError(
-                f"{where}: state{i} is {values.dtype} with {moment.absmax.numel()} scales and a map of "
-                f"{moment.qmap.numel()} values; must be uint8 with {blocks[0]} scales (blocks of {BLOCK}; "
-                f"or {blocks[1]}, blocks of {_OLD_BLOCK}) and a map of 256"
+                f"{where}: state{i} is {values.dtype} with scales of shape {scales} and a map of shape "
+                f"{qmap}; must be uint8 with {blocks[0]} scales (blocks of {BLOCK}; or {blocks[1]}, blocks of "
+                f"{_OLD_BLOCK}) and a map of 256"
             )
         moments.append(moment)
-    step = saved.get("step")
-    if not isinstance(step, (int, float, Tensor)):
-        raise ValueError(f"{where}: step must be a number, got {step!r}")
+    if f"state{len(rule.states) + 1}" in saved:
+        raise ValueError(
+            f"{where}: has {sorted(saved)}, but {rule.name} keeps {len(rule.states)} states: it is "
+            "another algorithm's"
+        )
+    step = number(f"step of parameter {key}", saved.get("step"))
     gnorm = saved.get("gnorm_vec")
-    if gnorm is not None and gnorm.shape != (100,):
-        raise ValueError(f"{where}: gnorm_vec has shape {tuple(gnorm.shape)}, must be (100,)")
+    if gnorm is not None and (not isinstance(gnorm, Tensor) or gnorm.shape != (100,)):
+        raise ValueError(f"{where}: gnorm_vec must be a tensor of shape (100,), got {gnorm!r}")
     return SavedState(float(step), moments, gnorm)

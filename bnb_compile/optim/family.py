@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from ..rules import Rule
 
@@ -51,10 +54,10 @@ class Family:
             ValueError: If a hyperparameter is out of its range.
         """
         betas = group["betas"]
-        if isinstance(betas, str):
-            betas = ast.literal_eval(betas)
-        if len(betas) != self.betas:
-            raise ValueError(f"Invalid betas: {betas}, must be {self.betas} numbers")
+        with contextlib.suppress(ValueError, SyntaxError):
+            betas = ast.literal_eval(betas) if isinstance(betas, str) else betas
+        if not isinstance(betas, (tuple, list)) or len(betas) != self.betas:
+            raise ValueError(f"Invalid betas: {betas!r}, must be {self.betas} numbers")
         checked = {
             **group,
             "lr": number("learning rate", group["lr"]),
@@ -85,11 +88,16 @@ def number(name: str, value: Any, below: float = math.inf) -> Any:
     Raises:
         ValueError: If it is no number, or not in ``[0, below)``.
     """
-    if isinstance(value, str):
+    mistake = f"Invalid {name}: {value!r}, must be a number or a tensor with one element"
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise ValueError(mistake)
+    else:
         try:
-            value = float(value)
-        except ValueError:
-            raise ValueError(f"Invalid {name}: {value!r}, must be a number") from None
+            as_float = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(mistake) from None
+        value = as_float if isinstance(value, str) else value
     if not 0.0 <= value < below:  # also for NaN
         raise ValueError(f"Invalid {name}: {value}, must be in [0, {below})")
     return value

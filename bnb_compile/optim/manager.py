@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -46,7 +47,7 @@ class GlobalOptimManager:
     def initialize(self) -> None:
         """Forget everything."""
         self._of_param: Any = WeakIdKeyDictionary()
-        self._of_place: dict[tuple[int, int], tuple[weakref.ref[Tensor], dict[str, Any]]] = {}
+        self._of_place: dict[tuple[int, int], tuple[weakref.ref[Tensor], torch.Size, dict[str, Any]]] = {}
         self._of_module: list[tuple[weakref.ref[Any], str, dict[str, Any]]] = []
         self._changes = getattr(self, "_changes", 0) + 1
 
@@ -65,7 +66,7 @@ class GlobalOptimManager:
         for i, group in enumerate(groups):
             for j, param in enumerate(group["params"]):
                 if param in self._of_param:
-                    self._of_place[i, j] = weakref.ref(param), self._of_param[param]
+                    self._of_place[i, j] = weakref.ref(param), param.shape, self._of_param[param]
         self._changes += 1
 
     def override_config(
@@ -129,8 +130,9 @@ class GlobalOptimManager:
                 if theirs:
                     config.update(theirs.index2config.get((i, j), {}))
                     config.update(theirs.pid2config.get(id(param), {}))
-                replaced, of_place = self._of_place.get((i, j), (None, {}))
-                if replaced is not None and replaced() is None:
+                # Only where the parameter that was registered is gone, and another one like it in its place.
+                replaced, shape, of_place = self._of_place.get((i, j), (None, None, {}))
+                if replaced is not None and replaced() is None and shape == param.shape:
                     config.update(of_place)
                 config.update(of_module.get(id(param), {}))
                 config.update(self._of_param.get(param, {}))

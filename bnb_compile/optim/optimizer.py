@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..ops.step import PARAM_DTYPES, STEP_OPS
+from ..rules import Rule
 from . import paging
 from .bucket import Bucket, Kind
 from .checkpoint import flatten, match_groups, read_state
@@ -208,10 +209,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         current: set[int] = set()
         new = changed = False
         for group in self.param_groups:
-            rule = self.family.rule(group)
+            of_group = self.family.rule(group)
             for param in group["params"]:
                 place = self._places.get(id(param))
                 if place is not None:
+                    rule = of_group if id(param) not in self._overrides else self._rule(group, param)
                     current.add(id(param))
                     bucket, k = place
                     entry = self.state.get(param)
@@ -230,6 +232,9 @@ class Optimizer8bit(torch.optim.Optimizer):
             self._add_buckets(lambda param: param.requires_grad or param.grad is not None)
         for group in self.param_groups:
             self._mirror_hyper(group, always=new)
+
+    def _rule(self, group: dict[str, Any], param: Tensor) -> Rule:
+        return self.family.rule({**group, **self._overrides.get(id(param), {})})
 
     def _take_over(self, group: dict[str, Any], param: Tensor) -> None:
         """Copy a state that was put in place of a parameter's views, or begin anew if it was removed."""
@@ -254,8 +259,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         """A parameter's hyperparameters and options, with its overrides."""
         override = self._overrides.get(id(param), {})
         args = vars(self.args)
-        own = {key: value for key, value in override.items() if key in args}
-        config = {**group, **{key: value for key, value in override.items() if key not in args}}
+        config = {**group, **override}
+        own = {key: config[key] for key in args if key in config}
         return {**config, **(_check_args({**args, **own}) if own else args)}
 
     def _kind(self, config: dict[str, Any], param: Tensor) -> Kind:
@@ -269,6 +274,9 @@ class Optimizer8bit(torch.optim.Optimizer):
             skip_zeros=config["skip_zeros"],
             block_wise=config["block_wise"],
             percentile=config["percentile_clipping"],
+            scaled=config["percentile_clipping"] < 100
+            or self.max_grad_norm is not None
+            or self._step_supports_amp_scaling,
             stochastic=self.bf16_stochastic_round and param.dtype == torch.bfloat16,
             paged=self.is_paged and _has_managed_memory(param.device) and param.numel() >= _PAGED_SIZE,
         )
@@ -297,11 +305,10 @@ class Optimizer8bit(torch.optim.Optimizer):
         """Form the buckets anew, after parameters were replaced or moved; states are kept."""
         old = {}
         for group in self.param_groups:
-            rule = self.family.rule(group)
             for param in group["params"]:
-                saved = self.state.get(param)
+                saved, rule = self.state.get(param), self._rule(group, param)
                 # A rule with other states begins anew: momentum that was switched on, for example.
-                if saved and f"state{len(rule.states)}" in {**saved, "state0": None}:
+                if saved and sum(key.startswith("state") for key in saved) == len(rule.states):
                     old[param] = read_state(rule, "kept", param, saved)
         kept = {id(param) for param in self.state}
         self._buckets, self._places = [], {}
@@ -320,6 +327,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             list[dict]: For each parameter `name` (where the optimizer was given names, else its index),
             `shape`, `numel`, `bits` of a state (None if it has none), `reason` and `bytes_per_param`.
         """
+        if self._read_overrides(always=True):
+            self._rebuild()
         report = []
         index = -1
         for group in self.param_groups:
@@ -441,7 +450,9 @@ class Optimizer8bit(torch.optim.Optimizer):
         saved = super().state_dict()
         params = (param for group in self.param_groups for param in group["params"])
         for index, param in enumerate(params):
-            if index in saved["state"]:
+            if id(param) not in self._places:
+                saved["state"].pop(index, None)  # nothing but an empty entry
+            elif index in saved["state"]:
                 bucket, k = self._places[id(param)]
                 entry = self.family.pack(saved["state"][index])
                 if bucket.kind.trust:
@@ -467,7 +478,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             state_dict = hook(self, state_dict) or state_dict
         contents, params = match_groups(self.param_groups, state_dict)
         contents = [self.family.checked(content) for content in contents]
-        rules = {id(p): self.family.rule(content) for content in contents for p in content["params"]}
+        self._read_overrides(always=not self._buckets)
+        rules = {id(p): self._rule(content, p) for content in contents for p in content["params"]}
         states = {
             params[key]: read_state(
                 rules[id(params[key])], key, params[key], self.family.unpack(flatten(saved))
@@ -497,6 +509,12 @@ class Optimizer8bit(torch.optim.Optimizer):
             "defaults": self.defaults,
             "param_groups": [dict(group) for group in self.param_groups],
             "state": {param: dict(entry) for param, entry in self.state.items()},
+            "overrides": [
+                (param, self._overrides[id(param)])
+                for group in self.param_groups
+                for param in group["params"]
+                if id(param) in self._overrides
+            ],
             "args": self.args,
             "family": self.family.name,
             "is_paged": self.is_paged,
@@ -509,9 +527,12 @@ class Optimizer8bit(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._buckets, self._places, self._mirrored = [], {}, {}
         self._overrides, self._overrides_version = {}, None
+        for param, config in state.pop("overrides"):
+            GlobalOptimManager.get_instance().override_config(param, key_value_dict=config)
         family = FAMILIES[state["family"]]
         super().__setstate__({**state, "family": family, "state": defaultdict(dict, state["state"])})
         self._adopt_groups()
+        self._read_overrides(always=True)
         if self.state:
             self._rebuild()
 
