@@ -15,12 +15,12 @@ from .ops.blockwise import dequantize
 from .optim import Optimizer8bit
 from .rules import Rule
 
-#: torch's class for each family, and what it calls our `betas`; None if it has `betas` itself.
-_COUNTERPARTS: dict[str, tuple[type[torch.optim.Optimizer], tuple[str, ...] | None]] = {
-    "adam": (torch.optim.AdamW, None),
-    "momentum": (torch.optim.SGD, ("momentum", "dampening")),
-    "rmsprop": (torch.optim.RMSprop, ("alpha", "momentum")),
-    "adagrad": (torch.optim.Adagrad, ()),
+#: torch's class for each family.
+_COUNTERPARTS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.AdamW,
+    "momentum": torch.optim.SGD,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
 }
 
 
@@ -36,10 +36,10 @@ def from_torch(optimizer: Optimizer8bit, state_dict: dict[str, Any]) -> None:
         ValueError: If it does not fit, or has an option that does not exist here; the optimizer is left as it
             was then.
     """
-    _, betas = _counterpart(optimizer)
-    groups = [_group_from_torch(optimizer, betas, group) for group in state_dict["param_groups"]]
+    torch_class = _counterpart(optimizer)
+    groups = [_group_from_torch(optimizer, torch_class, group) for group in state_dict["param_groups"]]
     rules = {
-        index: optimizer.family.rule({**optimizer.defaults, **group})
+        index: optimizer.family.rule(optimizer.family.checked({**optimizer.defaults, **group}))
         for group in groups
         for index in group["params"]
     }
@@ -57,12 +57,12 @@ def to_torch(optimizer: Optimizer8bit) -> dict[str, Any]:
     Raises:
         ValueError: If torch has no such optimizer.
     """
-    torch_class, betas = _counterpart(optimizer)
+    torch_class = _counterpart(optimizer)
     (defaults,) = torch_class([torch.zeros(1)]).param_groups  # type: ignore[call-arg]
     saved = optimizer.state_dict()
     groups = []
     for group in saved["param_groups"]:
-        ours = {**group, **dict(zip(betas or (), group["betas"]))}
+        ours = {**group, **dict(zip(optimizer.family.beta_names, group["betas"]))}
         groups.append({key: ours.get(key, default) for key, default in defaults.items()})
     params = [param for group in optimizer.param_groups for param in group["params"]]
     rules = [optimizer.family.rule(g) for g in optimizer.param_groups for _ in g["params"]]
@@ -72,7 +72,7 @@ def to_torch(optimizer: Optimizer8bit) -> dict[str, Any]:
     return {"state": states, "param_groups": groups}
 
 
-def _counterpart(optimizer: Optimizer8bit) -> tuple[type[torch.optim.Optimizer], tuple[str, ...] | None]:
+def _counterpart(optimizer: Optimizer8bit) -> type[torch.optim.Optimizer]:
     try:
         return _COUNTERPARTS[optimizer.family.name]
     except KeyError:
@@ -82,8 +82,13 @@ def _counterpart(optimizer: Optimizer8bit) -> tuple[type[torch.optim.Optimizer],
 
 
 def _group_from_torch(
-    optimizer: Optimizer8bit, betas: tuple[str, ...] | None, group: dict[str, Any]
+    optimizer: Optimizer8bit, torch_class: type[torch.optim.Optimizer], group: dict[str, Any]
 ) -> dict[str, Any]:
+    (defaults,) = torch_class([torch.zeros(1)]).param_groups  # type: ignore[call-arg]
+    known = (*optimizer.defaults, *optimizer.family.beta_names)
+    missing = [key for key in known if key in defaults and key not in group]
+    if missing:
+        raise ValueError(f"a group has no {missing}, only {sorted(group)}: the state is of another algorithm")
     if group.get("maximize"):
         raise ValueError("maximize=True does not exist here, only maximize=False")
     if not group.get("decoupled_weight_decay", True) and group["weight_decay"]:
@@ -91,13 +96,7 @@ def _group_from_torch(
             f"weight_decay={group['weight_decay']} of torch.optim.Adam is added to the gradient; here it is "
             "decoupled as in torch.optim.AdamW, so only 0 can be taken over"
         )
-    missing = [key for key in ("lr", *(("betas",) if betas is None else betas)) if key not in group]
-    if missing:
-        raise ValueError(f"a group has no {missing}, only {sorted(group)}: the state is of another algorithm")
-    known = {key: group[key] for key in optimizer.defaults if key in group}
-    if betas:
-        known["betas"] = tuple(group[key] for key in betas)
-    return {**known, "params": group["params"]}
+    return {**{key: group[key] for key in known if key in group}, "params": group["params"]}
 
 
 def _state_from_torch(rule: Rule, state: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from .optim import Optimizer8bit
 from .optim.bucket import Bucket
@@ -77,6 +78,7 @@ class OptimizerStep(nn.Module):
     """
 
     optimizer: Optimizer8bit
+    params_like: list[Tensor]
     hyper_names: tuple[str, ...]
 
     def __init__(self, optimizer: Optimizer8bit, names: Sequence[str] | None = None) -> None:
@@ -88,14 +90,14 @@ class OptimizerStep(nn.Module):
         if len(of_all) != len(params):
             raise ValueError(f"{len(of_all)} names of {len(params)} parameters")
         updated = [k for k, p in enumerate(params) if p in optimizer.state]
-        #: Names, shapes and dtypes of the parameters that are updated.
+        #: Names of the parameters that are updated.
         self.param_names = [of_all[k] for k in updated]
-        self.params_like = [(tuple(params[k].shape), params[k].dtype) for k in updated]
         self.groups = len(optimizer.param_groups)
         #: Names of the columns of `hyper`.
         self.hyper_names = optimizer.family.rule(optimizer.param_groups[0]).hyper._fields
         self.max_grad_norm = optimizer.max_grad_norm
         self.__dict__["optimizer"] = optimizer
+        self.__dict__["params_like"] = [params[k] for k in updated]
         index = {id(params[k]): i for i, k in enumerate(updated)}
         group_of = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self.members = [[index[id(p)] for p in bucket.params] for bucket in optimizer._buckets]
@@ -118,7 +120,7 @@ class OptimizerStep(nn.Module):
         """Update `params` and the buffers.
 
         Args:
-            params: As `param_names` and `params_like` say.
+            params: In the order of `param_names`, like the optimizer's.
             grads: Of the same shapes.
             hyper: (groups, columns) float64, see `hyper_names`.
 
@@ -141,16 +143,14 @@ class OptimizerStep(nn.Module):
                     f"{len(tensors)} {what}, must be {len(self.param_names)}: {self.param_names}"
                 )
             for name, like, x in zip(self.param_names, self.params_like, tensors):
-                if tuple(x.shape) != like[0] or (what == "params" and x.dtype != like[1]):
-                    raise ValueError(
-                        f"{what}: {name} is {x.dtype} {tuple(x.shape)}, must be {like[1]} {like[0]}"
-                    )
+                if x.shape != like.shape or (what == "params" and x.dtype != like.dtype):
+                    raise ValueError(f"{what}: {name} is {_spec(x)}, must be {_spec(like)}")
         _check_hyper(hyper, self.groups, self.hyper_names)
 
     def inputs(self) -> tuple[Any, ...]:
         """Arguments to export with: parameters and gradients of zeros, and `hyper`."""
-        zeros = [torch.zeros(shape, dtype=dtype) for shape, dtype in self.params_like]
-        return [x.clone() for x in zeros], zeros, OptimizerStep.hyper(self)
+        params, grads = ([torch.zeros_like(x) for x in self.params_like] for _ in range(2))
+        return params, grads, self.hyper()
 
     def export(self) -> torch.export.ExportedProgram:
         """``torch.export`` of this module."""
@@ -158,14 +158,23 @@ class OptimizerStep(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """What `package` writes into the artefact's metadata."""
+        parts: list[Any] = list(self.parts)
         return {
             "kind": type(self).__name__,
             "bnb_compile": version("bnb_compile"),
             "torch": torch.__version__.split("+")[0],
-            "params": [
-                {"name": name, "shape": list(shape), "dtype": _dtype_name(dtype)}
-                for name, (shape, dtype) in zip(self.param_names, self.params_like)
+            "params": {name: _spec(x) for name, x in zip(self.param_names, self.params_like)},
+            "tensors": {name: _spec(x) for name, x in self.named_buffers()},
+            "buckets": [
+                {
+                    "op": part.op.name,
+                    "params": [self.param_names[i] for i in members],
+                    "percentile_clipping": part.percentile,
+                    **{name: option for name, option in part.options.items() if isinstance(option, bool)},
+                }
+                for part, members in zip(parts, self.members)
             ],
+            "max_grad_norm": self.max_grad_norm,
             "groups": self.groups,
             "hyper": list(self.hyper_names),
         }
@@ -213,7 +222,10 @@ class TrainStep(nn.Module):
             leaves = [tensors[name].detach().requires_grad_() for name in self.trained]
             used = {**tensors, **dict(zip(self.trained, leaves))}
             loss = self.loss_fn(lambda *args: functional_call(self.model, used, args), *batch)
-            grads = torch.autograd.grad(loss, leaves)
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        unused = [name for name, grad in zip(self.trained, grads) if grad is None]
+        if unused:
+            raise ValueError(f"the loss does not depend on {unused}: freeze them, or leave them out")
         return loss.detach(), list(grads)
 
     def forward(self, hyper: Tensor, *batch: Tensor) -> Tensor:
@@ -250,7 +262,9 @@ class TrainStep(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """What `package` writes into the artefact's metadata."""
-        return {**self.step.describe(), "kind": "TrainStep", "tensors": self.model_names}
+        tensors = {name: _spec(x) for name, x in self.named_buffers()}
+        own = {"kind": "TrainStep", "tensors": tensors, "model": self.model_names}
+        return {**self.step.describe(), **own}
 
 
 class _Traced(nn.Module):
@@ -282,22 +296,36 @@ def package(step: Step, path: str, *batch: Tensor, dynamic: bool = True) -> str:
         step: What to compile.
         path: Of the file to write, ending in ".pt2".
         batch: An example, for a `TrainStep`.
-        dynamic: Whether the first dimension of each tensor of a batch may have any size.
+        dynamic: Whether the batch's size, the first dimension of all its tensors, may be any.
 
     Returns:
         str: The file's path.
+
+    Raises:
+        ValueError: If tensors of `batch` have several sizes, although it is `dynamic`.
     """
     if isinstance(step, TrainStep):
+        sizes = {x.shape[0] for x in batch if x.dim()}
+        if dynamic and len(sizes) > 1:
+            raise ValueError(f"a batch of sizes {sorted(sizes)}, must be one size with {dynamic=}")
         program = step.export(*batch, dynamic=dynamic)
-        description = {
-            **step.describe(),
-            "batch": [{"shape": list(x.shape), "dtype": _dtype_name(x.dtype)} for x in batch],
-            "dynamic": dynamic,
-        }
+        inputs = {"hyper": _spec(step.hyper())}
+        inputs |= {f"batch[{k}]": _spec(x, dynamic and x.dim() > 0) for k, x in enumerate(batch)}
     else:
-        program, description = step.export(), step.describe()
+        program = step.export()
+        params, grads, hyper = step.inputs()
+        inputs = {f"params: {name}": _spec(x) for name, x in zip(step.param_names, params)}
+        inputs |= {f"grads: {name}": _spec(x) for name, x in zip(step.param_names, grads)}
+        inputs["hyper"] = _spec(hyper)
+    description = {**step.describe(), "inputs": inputs}
     config = {
-        "aot_inductor.metadata": {"bnb_compile": json.dumps(description)},
+        "aot_inductor.metadata": {
+            "bnb_compile": json.dumps(description),
+            # The same in lines, for a program without a reader of JSON.
+            "bnb_compile.kind": description["kind"],
+            "bnb_compile.version": description["bnb_compile"],
+            **{f"bnb_compile.{key}": _lines(description[key]) for key in ("inputs", "tensors")},
+        },
         # Otherwise a small or uniform buffer is taken for a constant although it is updated (torch 2.13).
         "always_keep_tensor_constants": True,
         "joint_graph_constant_folding": False,
@@ -310,46 +338,43 @@ class Package:
 
     def __init__(self, path: str, step: Step) -> None:
         self._model = torch._inductor.aoti_load_package(path)
+        metadata = self._model.get_metadata()
+        if "bnb_compile" not in metadata:
+            raise ValueError(f"{path} is not a package of bnb_compile")
         #: What the artefact was compiled for.
-        self.description: dict[str, Any] = json.loads(self._model.get_metadata()["bnb_compile"])
+        self.description: dict[str, Any] = json.loads(metadata["bnb_compile"])
         self._step = step
         expected, found = step.describe(), self.description
-        for key in ("kind", "bnb_compile", "params", "groups", "hyper"):
-            if expected[key] != found[key]:
+        for key in expected:
+            if key != "torch" and json.dumps(expected[key]) != json.dumps(found[key]):
                 raise ValueError(f"{path} was compiled for another step: {_difference(key, found, expected)}")
         buffers = dict(step.named_buffers())
-        names = self._model.get_constant_fqns()
-        missing = [name for name in names if name not in buffers]
-        if missing:
-            raise ValueError(f"{path} needs tensors that the step does not have: {missing}")
         # The step's own tensors, so that Python sees what the artefact writes.
-        self._model.load_constants(
-            {name: buffers[name] for name in names}, check_full_update=True, user_managed=True
-        )
+        own = {name: buffers[name] for name in self._model.get_constant_fqns()}
+        self._model.load_constants(own, check_full_update=True, user_managed=True)
 
     def __call__(self, *args: Any) -> Any:
         """Run it, with the arguments of the module's ``forward``.
 
         Raises:
-            ValueError: If an argument is missing or of another shape or dtype than it was compiled for.
+            ValueError: If an argument is missing, or of another shape, dtype or layout than compiled for.
         """
         if isinstance(self._step, OptimizerStep):
             self._step._check(*args)
-            self._model(*args)
-            return ()
-        hyper, *batch = args
-        _check_hyper(hyper, self.description["groups"], self.description["hyper"])
-        expected = self.description["batch"]
-        if len(batch) != len(expected):
-            raise ValueError(f"a batch of {len(batch)} tensors, must be {len(expected)}")
-        for k, (x, like) in enumerate(zip(batch, expected)):
-            free = self.description["dynamic"] and like["shape"]
-            shape, fixed = list(x.shape), list(like["shape"])
-            same = len(shape) == len(fixed) and (shape[1:] == fixed[1:] if free else shape == fixed)
-            if not same or _dtype_name(x.dtype) != like["dtype"]:
-                wanted = ["any", *fixed[1:]] if free else fixed
-                raise ValueError(f"batch[{k}] is {x.dtype} {shape}, must be {like['dtype']} {wanted}")
-        return self._model(hyper, *batch)
+        inputs, expected = pytree.tree_leaves(args), self.description["inputs"]
+        if len(inputs) != len(expected):
+            raise ValueError(f"{len(inputs)} inputs, must be {len(expected)}: {', '.join(expected)}")
+        batch: dict[str, int] = {}
+        for x, (name, spec) in zip(inputs, expected.items()):
+            found = _spec(x, "*" in spec)
+            if found != spec:
+                raise ValueError(f"{name} is {found}, must be {spec}")
+            if "*" in spec:
+                batch[name] = len(x)
+        if len(set(batch.values())) > 1:
+            raise ValueError(f"a batch of sizes {batch}, must be one size")
+        loss = self._model(*args)
+        return () if isinstance(self._step, OptimizerStep) else loss
 
 
 def load(path: str, step: Step) -> Package:
@@ -368,22 +393,33 @@ def load(path: str, step: Step) -> Package:
 def _check_hyper(hyper: Tensor, groups: int, names: Sequence[str]) -> None:
     if tuple(hyper.shape) != (groups, len(names)) or hyper.dtype != torch.float64:
         raise ValueError(
-            f"hyper is {hyper.dtype} {tuple(hyper.shape)}, must be torch.float64 {(groups, len(names))}: for "
-            f"each param group {', '.join(names)}"
+            f"hyper is {_spec(hyper)}, must be float64[{groups},{len(names)}]: for each param group "
+            f"{', '.join(names)}"
         )
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _spec(x: Tensor, any_size: bool = False) -> str:
+    """Dtype and shape, and strides if not contiguous: ``float32[*,3,8,8]:[192,1,24,3]``.
+
+    Args:
+        x: The tensor.
+        any_size: Whether the first dimension is written as ``*``.
+    """
+    sizes = ["*" if any_size and k == 0 else str(n) for k, n in enumerate(x.shape)]
+    strides = "" if x.is_contiguous() else f":[{','.join(map(str, x.stride()))}]"
+    return f"{str(x.dtype).removeprefix('torch.')}[{','.join(sizes)}]{strides}"
+
+
+def _lines(specs: dict[str, str]) -> str:
+    return "\n".join(f"{spec} {name}" for name, spec in specs.items())
 
 
 def _difference(key: str, found: dict[str, Any], expected: dict[str, Any]) -> str:
-    if key != "params":
-        return f"{key} is {found[key]}, here it is {expected[key]}"
-    theirs = {p["name"]: p for p in found[key]}
-    ours = {p["name"]: p for p in expected[key]}
+    theirs, ours = found[key], expected[key]
+    if not isinstance(ours, dict):
+        return f"{key} is {theirs}, here it is {ours}"
     for name in (*theirs, *ours):
-        if theirs.get(name) != ours.get(name):
-            there, here = theirs.get(name, "missing"), ours.get(name, "missing")
-            return f"parameter {name} is {there}, here it is {here}"
-    return f"the order of parameters is {list(theirs)}, here it is {list(ours)}"
+        there, here = theirs.get(name, "missing"), ours.get(name, "missing")
+        if there != here:
+            return f"{key}: {name} is {there}, here it is {here}"
+    return f"the order of {key} is {list(theirs)}, here it is {list(ours)}"

@@ -511,7 +511,6 @@ NO_NUMBERS = [
 ]
 
 
-@pytest.mark.xfail(strict=True, reason="another error, or one that does not say the value")
 @pytest.mark.parametrize("arguments", NO_NUMBERS, ids=str)
 def test_what_is_no_number_raises_and_says_the_value(arguments):
     ((_, wrong),) = arguments.items()
@@ -555,7 +554,6 @@ def test_an_unknown_argument_raises(name):
         construct(name, parameters(), lr=0.1, decoupled=True)
 
 
-@pytest.mark.xfail(strict=True, reason="options in a group are ignored")
 @pytest.mark.parametrize("option", [dict(optim_bits=32), dict(min_8bit_size=10**6), dict(max_unorm=1e-3)])
 def test_an_option_in_a_group_acts_or_raises(option):
     params = parameters()
@@ -567,7 +565,6 @@ def test_an_option_in_a_group_acts_or_raises(option):
     assert results(optimizer, params) != run("Adam8bit")
 
 
-@pytest.mark.xfail(strict=True, reason="silently without effect")
 @pytest.mark.parametrize(
     "name, by_name, argument",
     [

@@ -337,7 +337,6 @@ def test_a_ring_survives_a_conversion_of_the_parameters():
     assert all(torch.equal(optimizer.state[p]["gnorm_vec"], ring) for p, ring in zip(params, before))
 
 
-@pytest.mark.xfail(strict=True, reason="the first step makes grad_scale, which the second finds")
 @pytest.mark.parametrize("clipping", [dict(percentile_clipping=20), dict(max_grad_norm=1.0)], ids=str)
 def test_a_captured_step_that_clips_is_captured_once(clipping):
     params = parameters()

@@ -237,7 +237,6 @@ def test_an_override_is_an_argument_for_one_parameter(manager, name, given, over
     assert places == [optimizer._buckets]  # and nothing is formed anew at each step
 
 
-@pytest.mark.xfail(strict=True, reason="states are formed anew at each step, or lost")
 @effects(OTHER_STATES)
 def test_an_override_may_ask_for_other_states(manager, name, given, override, as_arguments):
     optimizer = check_override(manager, name, given, override, as_arguments, "before")
@@ -346,7 +345,6 @@ def test_a_report_knows_of_overrides(manager):
     assert "override" in report[0]["reason"] and "min_8bit_size=10000" in report[1]["reason"]
 
 
-@pytest.mark.xfail(strict=True, reason="overrides are read by the first step")
 def test_a_report_knows_of_overrides_before_the_first_step(manager):
     params = parameters()
     manager.override_config(params[0], "optim_bits", 32)

@@ -384,17 +384,17 @@ def test_a_parameter_that_is_zero_gets_no_nan_and_no_limit(family, bits, compile
 # -- sizes, dtypes and places in memory ---------------------------------------------------------
 
 
-@variants
+@families
 @each_bits
 @both_paths
-def test_every_size_in_one_optimizer_steps_as_alone(family, k, bits, compiled):
+def test_every_size_in_one_optimizer_steps_as_alone(family, bits, compiled):
     shapes = [(n,) for n in (0, 1, 255, 256, 257, 4095, 4096, 4097)] + [(), (3, 0, 2), (1, 1, 1), (17, 31)]
     params = [parameter(*shape) for shape in shapes]
     alone = copies(params)
-    options = dict(optim_bits=bits, min_8bit_size=0, compile=compiled, **family.variants[k])
+    options = dict(optim_bits=bits, min_8bit_size=0, compile=compiled)
     together = family.general(params, **options)
     apart = [family.general([p], **options) for p in alone]
-    reference = family.reference(params, **family.variants[k])
+    reference = family.reference(params)
     paths = [0.0 for _ in params]
     for _ in range(3):
         grads = noise(params)
@@ -431,14 +431,14 @@ def test_compiled_and_eager_steps_agree_on_every_code_but_for_rounding(family, k
             apart = (state.int() - expected.int()).abs()
             assert apart.max() <= 1 and apart.count_nonzero() <= apart.numel() / 10_000
         else:
-            torch.testing.assert_close(state, expected, rtol=1e-3, atol=1e-9)
-            apart = (state - expected).abs() > 1e-5 * expected.abs()
+            small = 1e-6 * expected.abs().max().item()
+            torch.testing.assert_close(state, expected, rtol=1e-3, atol=small)
+            apart = (state - expected).abs() > 1e-5 * expected.abs() + small
             assert apart.count_nonzero() <= apart.numel() / 1000
 
 
 @families
-@each_bits
-@both_paths
+@pytest.mark.parametrize("bits,compiled", [(8, True), (8, False), (32, False)])
 def test_dtypes_and_gradient_dtypes_may_be_mixed_in_a_group(family, bits, compiled):
     pairs = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)]
     pairs += [(torch.bfloat16, torch.float32), (torch.float32,) * 2]

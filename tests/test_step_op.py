@@ -35,7 +35,7 @@ def decode(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
 
 
 def encode(x: Tensor, signed: bool, block_wise: bool = True) -> tuple[Tensor, Tensor]:
-    """Nearest codes, and a scale for each block."""
+    """Nearest codes, but above 0 never that of 0 if there is no sign; and a scale for each block."""
     code = create_dynamic_map(signed).double()
     blocks = x.split(BLOCK) if x.numel() else []
     absmax = [(block if block_wise else x).abs().max() for block in blocks]
@@ -43,6 +43,8 @@ def encode(x: Tensor, signed: bool, block_wise: bool = True) -> tuple[Tensor, Te
         torch.bucketize(block / scale.clamp(min=1e-30), (code[1:] + code[:-1]) / 2)
         for block, scale in zip(blocks, absmax)
     ]
+    if not signed:
+        codes = [c.clamp(min=1) * (block > 0) for c, block in zip(codes, blocks)]
     return torch.cat([*codes, x[:0].long()]), torch.stack(absmax) if absmax else x
 
 

@@ -433,22 +433,18 @@ def assemble(
 @pytest.mark.parametrize("sm", [80, 90, 100])
 @pytest.mark.parametrize("bits", [8, 32])
 def test_assembled_kernels_stay_in_registers_and_access_16_bytes(bits: int, sm: int) -> None:
-    """With 8-bit states a bfloat16 parameter takes at most 84 instructions on sm_90."""
+    """With 8-bit states a bfloat16 parameter takes at most 86 instructions on sm_90."""
     assembly, instructions = assemble(adam(bits), torch.bfloat16, sm)
     assert (assembly.stack, assembly.local) == (0, 0)
     assert {"ld.global.v4.b32", "st.global.v4.b32"} <= assembly.accesses
     if (bits, sm) == (8, 90):
-        assert instructions <= 84
-
-
-#: What ptxas spills: one register, once in a program.
-SPILLED = {"adagrad_step_8bit": 8}
+        assert instructions <= 86
 
 
 @pytest.mark.parametrize("op", STEP_OPS.values(), ids=[op.name for op in STEP_OPS.values()])
 def test_every_rule_stays_in_registers(op: StepOp) -> None:
     assembly, _ = assemble(op, torch.bfloat16, 90)
-    assert (assembly.stack, assembly.local) == (SPILLED.get(op.name, 0), 0)
+    assert (assembly.stack, assembly.local) == (0, 0)
 
 
 @pytest.mark.parametrize("measure", [True, False], ids=["measure", "step"])
@@ -555,13 +551,15 @@ def log_uniform(signed: bool) -> Tensor:
 def test_the_fast_encoder_is_at_most_one_code_off(signed: bool) -> None:
     """Whatever the errors of the approximate instructions, within their documented bounds.
 
-    Of log-uniform magnitudes in [1e-9, 1] a signed code in 1,000 and an unsigned one in 130 is the neighbour,
-    nearly all of them where a magnitude just above half of the smallest value becomes 0; above 1e-6 it is one
-    in 100,000.
+    Of log-uniform magnitudes in [1e-9, 1] a signed code in 1,000 is the neighbour, nearly all of them where a
+    magnitude just above half of the smallest value becomes 0; above 1e-6, and without a sign, it is one in
+    100,000.
     """
     torch.manual_seed(0)
     x = torch.cat([dense_floats(signed), log_uniform(signed)])
     expected = nearest(x, signed, outward_bounds(signed)).int()
+    if not signed:
+        expected = torch.where(x > 0, expected.clamp(min=1), expected)
     for errors in ((0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)):
         encode = emulated_encode_fast(*errors)
         apart = (encode(x, signed) - expected).abs()
@@ -570,7 +568,7 @@ def test_the_fast_encoder_is_at_most_one_code_off(signed: bool) -> None:
         assert encode(ends, signed).tolist() == ([127, 255, 0, 127] if signed else [0, 255]), errors
         random = x[-RANDOM:].abs()
         differs = apart[-RANDOM:].double()
-        assert differs.mean() < (2e-3 if signed else 1e-2)
+        assert differs.mean() < (2e-3 if signed else 3e-5)
         assert differs[random > 1e-6].mean() < 3e-5
 
 

@@ -29,7 +29,8 @@ and by keyword
 `hyper` and `step` are tensors so that neither a schedule nor the count ever recompiles or synchronises;
 `hyper` is float64 so that ``1 - beta2`` and the bias corrections have the accuracy that Python numbers
 give them. An element whose gradient is NaN, infinite or not below 2**60, where squares come near the end
-of float32, keeps its parameter and its states, on every path.
+of float32, keeps its parameter and its states, on every path; an 8-bit state may move within its cell, as its
+block is encoded anew.
 """
 
 from __future__ import annotations
@@ -206,11 +207,26 @@ def _load(op: StepOp, arenas: Sequence[Tensor], slot: Slot) -> list[Tensor]:
     ]
 
 
-def _store(op: StepOp, a: Arguments, slot: Slot, states: Sequence[Tensor], active: Tensor) -> None:
+def quantize_state(values: Tensor, signed: bool, block_size: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a state.
+
+    They are the nearest ones, but a number above 0 of an unsigned state is not rounded to 0: while a first
+    moment survives, a second moment of 0 would make a step of ``exp_avg / eps``.
+    """
+    codes, absmax = quantize(values, dynamic_map(signed, values.device), block_size)
+    if not signed:
+        scales = absmax.repeat_interleave(block_size)[: values.numel()]
+        codes = torch.where((values > 0) & (scales > 0), codes.clamp(min=1), codes)
+    return codes, absmax
+
+
+def _store(
+    op: StepOp, a: Arguments, slot: Slot, states: Sequence[Tensor], active: Tensor, usable: Tensor
+) -> None:
     """Replace a parameter's states, if it is active."""
 
-    def write(place: Tensor, values: Tensor) -> None:
-        place.copy_(torch.where(active, values, place))
+    def write(place: Tensor, values: Tensor, where: Tensor = active) -> None:
+        place.copy_(torch.where(where, values, place))
 
     inside = slice(slot.offset, slot.offset + slot.numel)
     if op.bits == 32:
@@ -219,10 +235,16 @@ def _store(op: StepOp, a: Arguments, slot: Slot, states: Sequence[Tensor], activ
         return
     scales = slice(slot.block, slot.block + slot.blocks)
     block_size = BLOCK if a.block_wise else max(slot.numel, 1)
+    touched, of_element = active, active
+    if a.skip_zeros and a.block_wise:
+        # Encoding a block anew may change it, so one without any gradient is left alone.
+        padded = torch.nn.functional.pad(usable, (0, slot.blocks * BLOCK - slot.numel))
+        touched = touched & padded.view(-1, BLOCK).any(1)
+        of_element = touched.repeat_interleave(BLOCK)[: slot.numel]
     for state, codes, absmax, values in zip(op.rule.states, a.arenas[::2], a.arenas[1::2], states):
-        new_codes, new_absmax = quantize(values, dynamic_map(state.signed, codes.device), block_size)
-        write(codes[inside], new_codes)
-        write(absmax[scales], new_absmax)
+        new_codes, new_absmax = quantize_state(values, state.signed, block_size)
+        write(codes[inside], new_codes, of_element)
+        write(absmax[scales], new_absmax, touched)
 
 
 def _update(op: StepOp, a: Arguments) -> None:
@@ -252,7 +274,7 @@ def _update(op: StepOp, a: Arguments) -> None:
             new[0] = round_bits(new[0].view(torch.int32), index, a.step[k].int()).view(torch.float32)
         param_f32, *states = (torch.where(usable, n, o) for n, o in zip(new, old))
         param.copy_(param_f32.view(param.shape))
-        _store(op, a, slot, states, active)
+        _store(op, a, slot, states, active, usable)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ Family(
     moments=1,
     rule=lambda group: ADAGRAD,
     hyper=lambda group: (group["lr"], group["lr_decay"], group["eps"], group["weight_decay"]),
+    unused=("betas",),
     extras={"lr_decay": 0.0, "initial_accumulator_value": 0.0},
     initial=lambda group: (float(group["initial_accumulator_value"]),),
 )

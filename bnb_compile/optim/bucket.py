@@ -75,7 +75,9 @@ class Bucket:
         self.hyper = zeros(n, len(self.op.rule.hyper._fields), dtype=torch.float64)
         #: Hyperparameters given as tensors: parameters, their rows and a column of `hyper`, the tensor.
         self.live: list[tuple[list[int], Any, int, Tensor]] = []
-        self.max_unorm = torch.tensor(max_unorm, device=self.device) if kind.trust else None
+        self.max_unorm = (
+            torch.tensor(max_unorm, dtype=torch.float32, device=self.device) if kind.trust else None
+        )
         #: Squared norms of each parameter's last gradients.
         self.gnorm = zeros(n, NORMS) if kind.percentile < 100 else None
         #: What gradients are multiplied by; without `kind.scaled` from when something first asks for it.

@@ -158,8 +158,8 @@ def read_state(rule: Rule, key: Any, param: Tensor, saved: dict[str, Any]) -> Sa
         if values.dtype != torch.uint8 or qmap != (256,) or scales not in [(count,) for count in blocks]:
             raise ValueError(
                 f"{where}: state{i} is {values.dtype} with scales of shape {scales} and a map of shape "
-                f"{qmap}; must be uint8 with {blocks[0]} scales (blocks of {BLOCK}; or {blocks[1]}, blocks of "
-                f"{_OLD_BLOCK}) and a map of 256"
+                f"{qmap}; must be uint8 with {blocks[0]} scales (blocks of {BLOCK}; or {blocks[1]}, blocks "
+                f"of {_OLD_BLOCK}) and a map of 256"
             )
         moments.append(moment)
     if f"state{len(rule.states) + 1}" in saved:

@@ -174,8 +174,8 @@ class PercentileClipper:
         count = len(self.parameters) if per_parameter else 1
         device = self.parameters[0].device
         #: Squared norms, and how many steps each has seen.
-        self.ring = torch.zeros(count, NORMS, device=device)
-        self.step = torch.zeros(count, device=device)
+        self.ring = torch.zeros(count, NORMS, dtype=torch.float32, device=device)
+        self.step = torch.zeros(count, dtype=torch.float32, device=device)
 
     @torch.no_grad()
     def clip_(self) -> Tensor:

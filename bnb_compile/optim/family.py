@@ -26,8 +26,10 @@ class Family:
         rule: The rule that a group asks for.
         hyper: A group's values of the rule's hyperparameters, each a number or a tensor with one element.
         betas: How many `betas` a group has.
+        beta_names: What they are called otherwise: keys of a group that take their places.
         extras: Further keys of a group, with their defaults; flags have a bool.
         check: Raises ValueError for values that do not go together.
+        unused: Which of `betas` and `eps` the algorithm does not have.
         initial: What the states of a group's parameters begin with; zeros by default.
         pack: A parameter's state as bitsandbytes lays it out, from one with a tensor for each of the rule's.
         unpack: The reverse.
@@ -38,8 +40,10 @@ class Family:
     rule: Callable[[Group], Rule]
     hyper: Callable[[Group], tuple[Any, ...]]
     betas: int = 2
+    beta_names: tuple[str, ...] = ()
     extras: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Group], None] = lambda group: None
+    unused: tuple[str, ...] = ()
     initial: Callable[[Group], tuple[float, ...]] = lambda group: ()
     pack: Callable[[dict[str, Any]], dict[str, Any]] = dict
     unpack: Callable[[dict[str, Any]], dict[str, Any]] = dict
@@ -58,6 +62,9 @@ class Family:
             betas = ast.literal_eval(betas) if isinstance(betas, str) else betas
         if not isinstance(betas, (tuple, list)) or len(betas) != self.betas:
             raise ValueError(f"Invalid betas: {betas!r}, must be {self.betas} numbers")
+        if self.beta_names:
+            group = dict(group)
+            betas = [group.pop(name, beta) for name, beta in zip(self.beta_names, betas)]
         checked = {
             **group,
             "lr": number("learning rate", group["lr"]),

@@ -11,7 +11,16 @@ from . import sgd
 from .family import Family
 from .optimizer import Optimizer1State, Options
 
-Family("lars", moments=1, rule=sgd.rule, hyper=sgd.hyper, extras={"nesterov": False}, check=sgd.check)
+Family(
+    "lars",
+    moments=1,
+    rule=sgd.rule,
+    hyper=sgd.hyper,
+    beta_names=("momentum", "dampening"),
+    extras={"nesterov": False},
+    check=sgd.check,
+    unused=("eps",),
+)
 
 
 class LARS(Optimizer1State):

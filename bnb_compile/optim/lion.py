@@ -17,6 +17,7 @@ Family(
     moments=1,
     rule=lambda group: LION,
     hyper=lambda group: (group["lr"], *group["betas"], group["weight_decay"]),
+    unused=("eps",),
 )
 
 

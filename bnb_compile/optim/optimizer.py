@@ -581,6 +581,10 @@ class _ByName(Optimizer8bit):
         if family is None or family.moments != self.moments:
             names = sorted(f.name for f in FAMILIES.values() if f.moments == self.moments)
             raise ValueError(f"Unsupported optimizer name: {optimizer_name}, must be one of {names}")
+        for key in family.unused:
+            off = {"eps": (0.0, 1e-8), "betas": ((0.0, 0.0), (0.9, 0.0))}[key]
+            if defaults[key] not in off:
+                raise ValueError(f"{optimizer_name} has no {key}, got {defaults[key]}, must be {off[0]}")
         self.family = family
         super().__init__(params, defaults, **options)
 

@@ -18,12 +18,21 @@ def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return group["lr"], alpha, group["eps"], group["weight_decay"], momentum
 
 
+def _check(group: Mapping[str, Any]) -> None:
+    if group["betas"][1] and group["eps"] == 0:
+        raise ValueError(
+            "Invalid epsilon value: 0, must be positive with momentum: a zero gradient gives 0/0"
+        )
+
+
 Family(
     "rmsprop",
     moments=1,
     rule=lambda group: RMSPROP[group["centered"], bool(group["betas"][1])],
     hyper=_hyper,
+    beta_names=("alpha", "momentum"),
     extras={"centered": False},
+    check=_check,
 )
 
 

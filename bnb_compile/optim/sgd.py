@@ -34,7 +34,16 @@ def check(group: Mapping[str, Any]) -> None:
         )
 
 
-Family("momentum", moments=1, rule=rule, hyper=hyper, extras={"nesterov": False}, check=check)
+Family(
+    "momentum",
+    moments=1,
+    rule=rule,
+    hyper=hyper,
+    unused=("eps",),
+    beta_names=("momentum", "dampening"),
+    extras={"nesterov": False},
+    check=check,
+)
 
 
 class SGD(Optimizer1State):

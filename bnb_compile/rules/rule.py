@@ -21,8 +21,7 @@ class Rule:
     """An optimization algorithm.
 
     Both functions are ordinary tensor code without branches, so that one text can be run on whole
-    tensors and printed into a kernel. What `direction` gives for a zero parameter, gradient and state must
-    be zeros: kernels pad the last block of a parameter with zeros.
+    tensors and printed into a kernel.
 
     Attributes:
         name: Lower case; part of the operators' names.

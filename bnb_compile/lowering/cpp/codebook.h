@@ -49,8 +49,9 @@ struct Codec {
     }
     // The cell, with the sign of x.
     inline __m512i operator()(__m512 x) const {
-      // 2^-30 is far below the first threshold and still in the tables.
-      const __m512 tiny = _mm512_set1_ps(0x1p-30f);
+      // 2^-30 is far below the first threshold and still in the tables. Without a sign a number above 0 is not
+      // rounded to 0 (quantize_state in ops/step.py), so all others are encoded as the smallest there is.
+      const __m512 tiny = _mm512_set1_ps(SIGNED ? 0x1p-30f : M::VALUES[1]);
       constexpr int LARGER_MAGNITUDE = 0b1011;
       const __m512 a =
           SIGNED ? _mm512_range_ps(x, tiny, LARGER_MAGNITUDE) : _mm512_max_ps(x, tiny);
@@ -67,7 +68,9 @@ struct Codec {
         const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.f));
         cell = _mm512_or_ps(cell, sign);
       }
-      return _mm512_cvttps_epi32(cell);
+      const __m512i code = _mm512_cvttps_epi32(cell);
+      // As integers, floats above 0 are larger than any code.
+      return SIGNED ? code : _mm512_min_epi32(code, _mm512_castps_si512(x));
     }
   };
 
@@ -102,6 +105,8 @@ struct Codec {
         // The map has 1.0 but no -1.0: cell 128 of a negative value is code 0.
         const V mirrored = at::vec::maximum(V(127.f) - code, V(0.f));
         code = V::blendv(V(127.f) + code, mirrored, x < V(0.f));
+      } else {
+        code = V::blendv(V(0.f), at::vec::maximum(code, V(1.f)), x > V(0.f));
       }
       float lane[LANES];
       code.store(lane);

@@ -163,8 +163,9 @@ Measured update_block(
   Staged<G> staged_grad;
   P* const data = (P*)parameter.data;
   P* const param = staged_param.in(data, parameter.data_strides, first, count);
+  const G not_usable(std::numeric_limits<float>::quiet_NaN());  // past the end
   const G* const grad =
-      staged_grad.in((G*)parameter.grad, parameter.grad_strides, first, count);
+      staged_grad.in((G*)parameter.grad, parameter.grad_strides, first, count, not_usable);
   std::tuple<typename Storage::template Buffer<S>...> buffers;
   std::tuple<typename Storage::template State<S>...> states{
       typename Storage::template State<S>(arena, std::get<S>(buffers), offset, scale, count)...};
@@ -204,6 +205,13 @@ Measured update_block(
       }
     }
   };
+  if constexpr (SKIP_ZEROS && BLOCK_WISE && !MEASURE) {
+    // Encoding a block anew may change it, so one without any gradient is left alone.
+    V any(0.f);
+    for (int i = 0; i < BLOCK; i += LANES)
+      any = V::blendv(any, V(1.f), usable(SCALED ? read(grad + i) * of_grad : read(grad + i)));
+    if (largest(any) == 0.f) return Measured();
+  }
   // Elements with an unusable gradient stay as they are; most blocks have none and need no check of each.
   if (all_usable(grad, of_grad)) {
     update(std::false_type());

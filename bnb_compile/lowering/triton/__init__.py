@@ -95,7 +95,8 @@ def encode(x, SIGNED: tl.constexpr, FAST: tl.constexpr):
         cell = cell_True(tl.abs(x))[0].to(tl.int32)
         # The map has 1.0 but no -1.0: cell 128 of a negative value is code 0.
         return tl.where(x < 0, tl.maximum(127 - cell, 0), 127 + cell)
-    return cell_False(x)[0].to(tl.int32)
+    # A number above 0 is not rounded to 0: quantize_state in ops/step.py.
+    return tl.where(x > 0, tl.maximum(cell_False(x)[0].to(tl.int32), 1), 0)
 """
     )
     return "\n".join(text)
@@ -122,15 +123,18 @@ def _store_state(op: StepOp, modes: Modes, k: int) -> str:
     name = state.name
     if op.bits == 32:
         return f"tl.store({name} + offset + i, new_{name}, inside)\n"
+    blocks, elements = "whole", "inside"
+    if modes.skip_zeros and modes.block_wise:
+        blocks, elements = "whole & touched", "inside & touched[:, None]"
     absmax = f"tl.max({_magnitude(op, k)}, 1)"
     if not modes.block_wise:
         absmax = f"tl.load(measured + k * {measured_columns(op)} + {1 + k}) + tl.zeros([TILE], tl.float32)"
     return f"""\
 absmax = {absmax}
 absmax = tl.where(absmax < {torch.finfo(torch.float32).tiny!r}, 0.0, absmax)
-tl.store({name}_absmax + block + b, absmax, whole)
+tl.store({name}_absmax + block + b, absmax, {blocks})
 code = encode(new_{name} * tl.where(absmax > 0, 1.0 / absmax, 0.0)[:, None], {state.signed}, FAST)
-tl.store({name}_codes + offset + i, code.to(tl.uint8), inside)
+tl.store({name}_codes + offset + i, code.to(tl.uint8), {elements})
 """
 
 
@@ -234,7 +238,7 @@ whole = b * {BLOCK} < numel
 inside = {inside}
 {shared}
 {_place(1, variant.dims)}
-grad = tl.load(grad_pointer + place, inside, 0.0).to(tl.float32)
+grad = tl.load(grad_pointer + place, inside, float("nan")).to(tl.float32)  # not usable past the end
 {scaled}
 {used}
 {_place(0, variant.dims)}
@@ -294,8 +298,11 @@ bits = param.to(tl.int32, bitcast=True)
 (bits,) = round_bits(bits, (offset + i).to(tl.int32), tl.load(step + k).to(tl.int32))
 param = bits.to(tl.float32, bitcast=True)
 """
+    # Encoding a block anew may change it, so one without any gradient is left alone.
+    touched = "touched = tl.max(usable.to(tl.int32), 1) > 0" if modes.skip_zeros else ""
     body = f"""\
 {_load_all(op, modes, param_dtype, grad_dtype, variant)}
+{touched}
 {trust}
 {_call_rule(op, "update", "param")}
 {rounding if modes.stochastic else ""}

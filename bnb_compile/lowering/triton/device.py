@@ -70,7 +70,9 @@ def encode_fast(x, SIGNED: tl.constexpr):
     """
     MAGIC: tl.constexpr = 12582912.0  # 1.5 * 2**23: adding it leaves an integer in the low bits
     DOUBLE: tl.constexpr = 0 if SIGNED else 1  # the unsigned map has twice the cells
-    a = tl.maximum(tl.abs(x) if SIGNED else x, 1.2e-7)
+    # Without a sign a number above 0 is not rounded to 0 (quantize_state in ops/step.py): all that are smaller
+    # are encoded as the smallest code's value.
+    a = tl.maximum(tl.abs(x) if SIGNED else x, 1.2e-7 if SIGNED else 3.25e-7)
     shifted = _fma_down(_log2(a), 0.30102999566, MAGIC + 7)  # low bits: i = floor(log10(a)) + 7
     slope = _exp2(tl.fma(shifted - MAGIC, -2.321928094887362, 20.083570778 + DOUBLE))
     start = ((shifted.to(tl.int32, bitcast=True) << 23) + (0x3F638E39 + (DOUBLE << 23))).to(
@@ -89,4 +91,5 @@ def encode_fast(x, SIGNED: tl.constexpr):
     # The cell of 1.0 begins a quarter early: this line lies above y there and nowhere else. (The thousandth
     # lets 1.0 reach 256 in spite of rounding.)
     y = tl.maximum(y, tl.fma(y, 4 / 3, 256 - 255.749 * (4 / 3)))
-    return _add_down(y, MAGIC - 1).to(tl.int32, bitcast=True)
+    code = _add_down(y, MAGIC - 1).to(tl.int32, bitcast=True)
+    return tl.where(x > 0, code, 0)
