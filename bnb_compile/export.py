@@ -154,7 +154,7 @@ class OptimizerStep(nn.Module):
 
     def export(self) -> torch.export.ExportedProgram:
         """``torch.export`` of this module."""
-        return torch.export.export(self, self.inputs()).run_decompositions()
+        return torch.export.export(self, self.inputs()).run_decompositions({})
 
     def describe(self) -> dict[str, Any]:
         """What `package` writes into the artefact's metadata."""
@@ -247,6 +247,7 @@ class TrainStep(nn.Module):
             batch: An example.
             dynamic: Whether the first dimension of each tensor of a batch may have any size.
         """
+        batch = _without_views(batch)
 
         # torch.export does not trace autograd, so the graph of loss and gradients is made first.
         def loss_and_grads(tensors: dict[str, Tensor], batch: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -258,7 +259,8 @@ class TrainStep(nn.Module):
         shapes = (None, tuple(first if x.dim() else None for x in batch))
         with torch.no_grad():
             program = torch.export.export(traced, (self.hyper(), *batch), dynamic_shapes=shapes)
-            return program.run_decompositions()
+            # The default table (torch 2.13) decomposes a CPU's attention into one whose backward is wrong.
+            return program.run_decompositions({})
 
     def describe(self) -> dict[str, Any]:
         """What `package` writes into the artefact's metadata."""
@@ -305,6 +307,7 @@ def package(step: Step, path: str, *batch: Tensor, dynamic: bool = True) -> str:
         ValueError: If tensors of `batch` have several sizes, although it is `dynamic`.
     """
     if isinstance(step, TrainStep):
+        batch = _without_views(batch)
         sizes = {x.shape[0] for x in batch if x.dim()}
         if dynamic and len(sizes) > 1:
             raise ValueError(f"a batch of sizes {sorted(sizes)}, must be one size with {dynamic=}")
@@ -396,6 +399,11 @@ def _check_hyper(hyper: Tensor, groups: int, names: Sequence[str]) -> None:
             f"hyper is {_spec(hyper)}, must be float64[{groups},{len(names)}]: for each param group "
             f"{', '.join(names)}"
         )
+
+
+def _without_views(batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    # With an example that is a view, torch.export (2.13) guards on the base, which fake tensors do not have.
+    return tuple(x.clone() for x in batch)
 
 
 def _spec(x: Tensor, any_size: bool = False) -> str:

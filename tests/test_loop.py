@@ -207,7 +207,6 @@ def test_a_schedule_that_begins_after_the_first_step_is_compiled_at_most_once_mo
     assert training.counter.frame_count <= 2
 
 
-@pytest.mark.xfail(strict=True, reason="torch copies groups before it takes them over")
 def test_two_optimizers_that_load_the_same_state_do_not_share_a_tensor_as_learning_rate():
     optimizers = [AdamW(parameters(), lr=torch.tensor(0.01), compile=False) for _ in range(3)]
     for optimizer in optimizers[1:]:
@@ -217,8 +216,8 @@ def test_two_optimizers_that_load_the_same_state_do_not_share_a_tensor_as_learni
 
 
 @each_family
-def test_loads_schedules_and_skipped_steps_at_random_are_compiled_once(family):
-    """All that may happen without a change of structure, for 100 steps."""
+def test_loads_schedules_and_skipped_steps_at_random_are_compiled_once_more(family):
+    """All that may happen without a change of structure; the first step makes room for the scale."""
     training, chance = Captured(family), random.Random(0)
     for optimizer in training.optimizers:
         optimizer.found_inf, optimizer.grad_scale = torch.tensor(0.0), torch.tensor(1.0)
@@ -244,7 +243,7 @@ def test_loads_schedules_and_skipped_steps_at_random_are_compiled_once(family):
         if event == 6:
             training.check()
     training.check()
-    assert training.counter.frame_count == 1
+    assert training.counter.frame_count <= 2
 
 
 # -- structure in a graph ---------------------------------------------------------------------------
@@ -347,7 +346,6 @@ def manager():
     GlobalOptimManager.get_instance().initialize()
 
 
-@pytest.mark.xfail(strict=True, reason="a graph goes on with the parameters and states it was traced with")
 @pytest.mark.parametrize("family, change", CHANGES, ids=[change.__name__ for _, change in CHANGES])
 def test_a_change_of_structure_is_noticed_by_a_graph(family, change, manager):
     training = Captured(family)
@@ -425,14 +423,13 @@ def on_a_new_parameter(optimizer, state):
     optimizer.state[new] = state
 
 
-LOST = pytest.mark.xfail(strict=True, reason="an assigned state is taken over by the next step alone")
 ASSIGNMENTS = [
     pytest.param(on_the_parameter, True, "step"),
-    pytest.param(on_the_parameter, True, "save", marks=LOST),
+    pytest.param(on_the_parameter, True, "save"),
     pytest.param(on_a_new_parameter, True, "step"),
-    pytest.param(on_a_new_parameter, True, "save", marks=LOST),
-    pytest.param(on_the_parameter, False, "step", marks=LOST),
-    pytest.param(on_the_parameter, False, "save", marks=LOST),
+    pytest.param(on_a_new_parameter, True, "save"),
+    pytest.param(on_the_parameter, False, "step"),
+    pytest.param(on_the_parameter, False, "save"),
 ]
 
 
@@ -511,10 +508,7 @@ def test_a_step_in_the_backward_pass_is_a_normal_one(no_new_kernels):
 @pytest.mark.parametrize(
     "compiled",
     [
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(strict=True, reason="the kernel writes as many elements as there were"),
-        ),
+        pytest.param(True),
         False,
     ],
 )
@@ -642,7 +636,6 @@ def test_zero_grad_keeps_or_forgets_and_detaches():
     assert all(p.grad is None for p in params)
 
 
-@pytest.mark.xfail(strict=True, reason="a view cannot be detached in place, and need not be")
 def test_zero_grad_zeroes_gradients_that_are_views():
     """Of a bucket, as of DistributedDataParallel with gradient_as_bucket_view."""
     (param,) = parameters([(40,)])

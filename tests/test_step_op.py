@@ -123,13 +123,14 @@ def _adagrad(p: Tensor, g: Tensor, t: float, h: SimpleNamespace, total: Tensor) 
     return g / (total.sqrt() + h.eps), total
 
 
-def _adopt(p: Tensor, g: Tensor, t: float, h: SimpleNamespace, m: Tensor, v: Tensor) -> tuple:
-    if t == 1:
-        h.lr = 0.0  # nothing moves, and nothing decays
-        return torch.zeros_like(g), m, g**2
-    bound = (t - 1) ** 0.25
-    m = h.beta1 * m + (1 - h.beta1) * (g / v.sqrt().clamp(min=h.eps)).clamp(-bound, bound)
-    return m, m, h.beta2 * v + (1 - h.beta2) * g**2
+def _adan(p: Tensor, g: Tensor, t: float, h: SimpleNamespace, *states: Tensor) -> tuple:
+    m, v, d, previous = states
+    diff = g - previous if t > 1 else 0 * g
+    m, d = h.beta1 * m + (1 - h.beta1) * g, h.beta2 * d + (1 - h.beta2) * diff
+    v = h.beta3 * v + (1 - h.beta3) * (g + h.beta2 * diff) ** 2
+    c1, c2, c3 = 1 - h.beta1**t, 1 - h.beta2**t, 1 - h.beta3**t
+    h.lr /= 1 + h.lr * h.weight_decay  # which makes the proximal decay a decoupled one
+    return (m / c1 + h.beta2 * d / c2) / ((v / c3).sqrt() + h.eps), m, v, d, g
 
 
 #: Update, and whether weight decay is decoupled (LAMB: where it has adam_w_mode).
@@ -147,7 +148,7 @@ RULES: dict[str, tuple[Callable[..., tuple], bool]] = {
     "rmsprop_centered": (_rmsprop_centered, False),
     "rmsprop_centered_momentum": (_rmsprop_centered, False),
     "adagrad": (_adagrad, False),
-    "adopt": (_adopt, True),
+    "adan": (_adan, True),
 }
 
 

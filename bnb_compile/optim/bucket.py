@@ -62,6 +62,7 @@ class Bucket:
         self.device = kind.device
         places = layout(param.numel() for param in params)
         self.slots = places.slots
+        self.shapes = [param.shape for param in params]
         n = len(params)
 
         def zeros(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:

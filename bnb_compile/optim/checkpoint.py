@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -109,7 +110,8 @@ def match_groups(
                 f"group: group {k} has {len(saved['params'])} parameters, the optimizer's has "
                 f"{len(group['params'])}"
             )
-        contents.append({**group, **saved, "params": group["params"]})
+        own = copy.deepcopy({key: value for key, value in saved.items() if key != "params"})
+        contents.append({**group, **own, "params": group["params"]})
         params.update(zip(saved["params"], group["params"]))
     unknown = [key for key in state_dict["state"] if key not in params]
     if unknown:

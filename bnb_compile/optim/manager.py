@@ -32,6 +32,8 @@ class GlobalOptimManager:
     """
 
     _instance: GlobalOptimManager | None = None
+    #: Another text after each change: Dynamo guards a captured step by it.
+    changes: str = "0"
 
     def __init__(self) -> None:
         raise RuntimeError("Call get_instance() instead")
@@ -49,7 +51,7 @@ class GlobalOptimManager:
         self._of_param: Any = WeakIdKeyDictionary()
         self._of_place: dict[tuple[int, int], tuple[weakref.ref[Tensor], torch.Size, dict[str, Any]]] = {}
         self._of_module: list[tuple[weakref.ref[Any], str, dict[str, Any]]] = []
-        self._changes = getattr(self, "_changes", 0) + 1
+        self._changed()
 
     def register_parameters(self, params: Iterable[Any]) -> None:
         """Remember the places of parameters, so that their overrides survive a replacement of the objects.
@@ -67,7 +69,7 @@ class GlobalOptimManager:
             for j, param in enumerate(group["params"]):
                 if param in self._of_param:
                     self._of_place[i, j] = weakref.ref(param), param.shape, self._of_param[param]
-        self._changes += 1
+        self._changed()
 
     def override_config(
         self,
@@ -94,7 +96,7 @@ class GlobalOptimManager:
         for param in [parameters] if isinstance(parameters, Tensor) else parameters:
             # A dict for each, so that a later override of one does not reach the others.
             self._of_param.setdefault(param, {}).update(config)
-        self._changes += 1
+        self._changed()
 
     def register_module_override(self, module: Any, param_name: str, config: dict[str, Any]) -> None:
         """Override hyperparameters or options of the parameter that a module has under a name.
@@ -106,7 +108,10 @@ class GlobalOptimManager:
         """
         _check(config)
         self._of_module.append((weakref.ref(module), param_name, dict(config)))
-        self._changes += 1
+        self._changed()
+
+    def _changed(self) -> None:
+        GlobalOptimManager.changes = str(int(self.changes) + 1)
 
     # -- what optimizers ask -------------------------------------------------------------------
 
@@ -115,9 +120,9 @@ class GlobalOptimManager:
         """Changes when an override is added."""
         theirs = _bitsandbytes_manager()
         if theirs is None:
-            return (self._changes,)
+            return (self.changes,)
         overrides = theirs.pid2config, theirs.index2config
-        return self._changes, len(theirs.module_weight_config_triple), *map(repr, overrides)
+        return self.changes, len(theirs.module_weight_config_triple), *map(repr, overrides)
 
     def overrides(self, groups: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
         """Overrides of the parameters of an optimizer's groups, by id of the parameter."""

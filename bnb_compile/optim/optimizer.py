@@ -22,7 +22,7 @@ from .bucket import Bucket, Kind
 from .checkpoint import flatten, match_groups, read_state
 from .clipping import gradient_factors
 from .family import FAMILIES, Family, flag, integer, number
-from .group import ParamGroup, StateEntry
+from .group import ParamGroup, StateEntry, States
 from .manager import GlobalOptimManager
 
 
@@ -132,6 +132,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         self._mirrored: dict[int, tuple[tuple[int, float], ...]] = {}  # by id of the group
         self._overrides: dict[int, dict[str, Any]] = {}  # by id of the parameter
         self._overrides_version: Any = None
+        #: Another text when parameters or states have been replaced: Dynamo guards a captured step by it.
+        self._structure = "0"
         for key, default in self.family.extras.items():
             defaults[key] = options.pop(key, default)
         self.bf16_stochastic_round = flag(
@@ -158,6 +160,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         #: bitsandbytes' name for the options that are not per group.
         self.args = SimpleNamespace(**{**chosen, "optim_bits": self.bits or chosen["optim_bits"]})
         super().__init__(params, defaults)
+        self.state: States = States(self)
 
     # -- groups --------------------------------------------------------------------------------
 
@@ -174,6 +177,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 raise TypeError(f"a parameter of {param.dtype}: must be one of {PARAM_DTYPES}")
             self._compiles(param.device)  # warns
         self._adopt_groups()
+        self._outdate()
 
     def _adopt_groups(self) -> None:
         self.param_groups[:] = [
@@ -187,11 +191,16 @@ class Optimizer8bit(torch.optim.Optimizer):
         known = tuple((id(v), 0.0) if isinstance(v, Tensor) else (0, float(v)) for v in values)
         if not always and self._mirrored.get(id(group)) == known:
             return
+        rule = self.family.rule(group)
         rows: dict[Bucket, list[int]] = defaultdict(list)
         for param in group["params"]:
             if id(param) in self._places:
                 bucket, k = self._places[id(param)]
-                if id(param) in self._overrides:
+                overridden = id(param) in self._overrides
+                if bucket.op.rule is not (self._rule(group, param) if overridden else rule):
+                    self._outdate()
+                    return  # the next step makes other states
+                if overridden:
                     special = self.family.checked({**group, **self._overrides[id(param)]})
                     bucket.set_hyper([k], self.family.hyper(special))
                 else:
@@ -221,7 +230,10 @@ class Optimizer8bit(torch.optim.Optimizer):
                         self._take_over(group, param)
                     kind = bucket.kind
                     changed |= (
-                        param.dtype != kind.dtype or param.device != kind.device or rule is not kind.op.rule
+                        param.dtype != kind.dtype
+                        or param.device != kind.device
+                        or param.shape != bucket.shapes[k]
+                        or rule is not kind.op.rule
                     )
                 elif param.requires_grad or param.grad is not None:
                     new = True
@@ -243,7 +255,22 @@ class Optimizer8bit(torch.optim.Optimizer):
             bucket.write(k, read_state(bucket.op.rule, "assigned", param, self.family.unpack(flatten(given))))
         elif not given:
             bucket.begin(k, self.family.initial(self._config(group, param)))
-        bucket.entries[k] = self.state[param] = StateEntry(bucket.views(k))
+        bucket.entries[k] = StateEntry(bucket.views(k))
+        self.state.keep(param, bucket.entries[k])
+
+    def _assign(self, param: Tensor, state: Any) -> bool:
+        """Copy a state that a user assigns; returns whether the parameter has a place for it."""
+        if id(param) not in self._places:
+            return False
+        bucket, k = self._places[id(param)]
+        if state is not bucket.entries[k]:
+            given = self.family.unpack(flatten(state))
+            bucket.write(k, read_state(bucket.op.rule, "assigned", param, given))
+        return True
+
+    def _outdate(self) -> None:
+        """Make graphs that have captured the step be captured anew."""
+        self._structure = str(int(self._structure) + 1)
 
     def _read_overrides(self, always: bool) -> bool:
         """Ask the manager for the overrides; returns whether those of parameters with states have changed."""
@@ -296,10 +323,15 @@ class Optimizer8bit(torch.optim.Optimizer):
             self._buckets.append(bucket)
             for k, (param, config) in enumerate(members):
                 self._places[id(param)] = bucket, k
-                self.state[param] = bucket.entries[k]
-                initial = self.family.initial(config)
-                if any(initial):
+                given, initial = self.state.get(param), self.family.initial(config)
+                if given:
+                    given = self.family.unpack(flatten(given))
+                    bucket.write(k, read_state(kind.op.rule, "assigned", param, given))
+                elif any(initial):
                     bucket.begin(k, initial)
+                self.state.keep(param, bucket.entries[k])
+        if by_kind:
+            self._outdate()
 
     def _rebuild(self) -> None:
         """Form the buckets anew, after parameters were replaced or moved; states are kept."""
@@ -384,7 +416,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 result = closure()
         captured = torch.compiler.is_compiling()
         if captured:
-            _prepare_while_tracing(self)
+            _prepare_while_tracing(self, self._structure, GlobalOptimManager.changes)
         else:
             self._prepare()
         grads = [[param.grad for param in bucket.params] for bucket in self._buckets]
@@ -426,7 +458,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         """Forget the gradients, as ``torch.optim.Optimizer.zero_grad``, which Dynamo refuses to trace."""
         if torch.compiler.is_compiling():
             # Not through param_groups: Dynamo takes them for a torch optimizer's.
-            _prepare_while_tracing(self)
+            _prepare_while_tracing(self, self._structure, GlobalOptimManager.changes)
             params = [param for bucket in self._buckets for param in bucket.params]
         else:
             params = [param for group in self.param_groups for param in group["params"]]
@@ -436,7 +468,10 @@ class Optimizer8bit(torch.optim.Optimizer):
             if set_to_none:
                 param.grad = None
             else:
-                param.grad.detach_()
+                if param.grad.grad_fn is not None:
+                    param.grad.detach_()
+                else:  # which may be a view
+                    param.grad.requires_grad_(False)
                 param.grad.zero_()
 
     # -- saving and loading --------------------------------------------------------------------
@@ -446,6 +481,8 @@ class Optimizer8bit(torch.optim.Optimizer):
 
         Tensors are views of the live state, as torch's are: copy them before the next step changes them.
         """
+        if self.state:
+            self.init_state()  # something may have been assigned
         steps = {bucket: bucket.step.tolist() for bucket in self._buckets}
         saved = super().state_dict()
         params = (param for group in self.param_groups for param in group["params"])
@@ -530,15 +567,20 @@ class Optimizer8bit(torch.optim.Optimizer):
         for param, config in state.pop("overrides"):
             GlobalOptimManager.get_instance().override_config(param, key_value_dict=config)
         family = FAMILIES[state["family"]]
-        super().__setstate__({**state, "family": family, "state": defaultdict(dict, state["state"])})
+        states = state.pop("state")
+        self._structure = "0"
+        super().__setstate__({**state, "family": family, "state": States(self)})
+        for param, entry in states.items():
+            self.state.keep(param, entry)
         self._adopt_groups()
         self._read_overrides(always=True)
         if self.state:
             self._rebuild()
 
 
-def _prepare_while_tracing(optimizer: Optimizer8bit) -> int:
-    # Dynamo calls this for real while it traces, so that the graph finds the arenas in place.
+def _prepare_while_tracing(optimizer: Optimizer8bit, *guarded: str) -> int:
+    # Dynamo calls this for real while it traces, so that the graph finds the arenas in place, and again when
+    # one of the texts has changed.
     optimizer._prepare()
     return 0
 

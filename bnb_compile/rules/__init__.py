@@ -3,8 +3,8 @@
 from .adagrad import ADAGRAD as ADAGRAD
 from .adam import ADAM as ADAM
 from .adam import ADAM_AMSGRAD as ADAM_AMSGRAD
+from .adan import ADAN as ADAN
 from .ademamix import ADEMAMIX as ADEMAMIX
-from .adopt import ADOPT as ADOPT
 from .lamb import LAMB as LAMB
 from .lamb import LAMB_AMSGRAD as LAMB_AMSGRAD
 from .lion import LION as LION
@@ -27,5 +27,5 @@ ALL = (
     SGD_PLAIN,
     *RMSPROP.values(),
     ADAGRAD,
-    ADOPT,
+    ADAN,
 )
