@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/
 
-.PHONY: help train test check slow bench clean
+.PHONY: help train export test check integrations slow bench clean
 
 help:
 	@echo "make train   train a small GPT with 8-bit AdamW, beside 32-bit AdamW"
+	@echo "make export  train from C++, without Python: package, build, train, compare"
 	@echo "make test    linter, type checker and tests"
+	@echo "make integrations  tests with transformers, peft, accelerate and lightning"
 	@echo "make slow    the tests that take minutes"
 	@echo "make bench   time the optimizer step beside torch, bitsandbytes and torchao"
 
@@ -20,8 +22,14 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 train: $(VENV)/.installed-examples
 	$(RUN)python examples/train.py $(ARGS)
 
+export: $(VENV)/.installed-examples
+	$(RUN)python examples/export/run.py $(ARGS)
+
 test: check $(VENV)/.installed-test $(VENV)/.installed-examples
 	$(RUN)python -m pytest
+
+integrations: $(VENV)/.installed-test $(VENV)/.installed-integrations
+	$(RUN)python -m pytest tests/test_integrations.py
 
 slow: $(VENV)/.installed-test
 	$(RUN)python -m pytest -m slow
