@@ -514,6 +514,7 @@ NO_NUMBERS = [
 @pytest.mark.parametrize("arguments", NO_NUMBERS, ids=str)
 def test_what_is_no_number_raises_and_says_the_value(arguments):
     ((_, wrong),) = arguments.items()
+    wrong = wrong[-1] if isinstance(wrong, tuple) else wrong
     with pytest.raises(ValueError) as raised:
         construct("Adam", parameters(), **arguments)
     assert str(wrong) in str(raised.value) and "must be" in str(raised.value)
