@@ -16,6 +16,7 @@ is fed from outside. What the artefact is for, names, shapes and dtypes, is in i
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -41,7 +42,7 @@ class _Part(nn.Module):
     own_hyper: Tensor | None
     has_own: Tensor | None
 
-    def __init__(self, bucket: Bucket, group_of: Sequence[int], overridden: Sequence[bool]) -> None:
+    def __init__(self, bucket: Bucket, group_of: Sequence[int], own: Sequence[Sequence[bool]]) -> None:
         super().__init__()
         self.op, self.percentile = bucket.op, bucket.percentile
         self.options = bucket.options
@@ -51,10 +52,10 @@ class _Part(nn.Module):
         self.register_buffer("gnorm", bucket.gnorm)
         self.register_buffer("max_unorm", bucket.max_unorm)
         self.register_buffer("group_of", torch.tensor(group_of, device=bucket.device))
-        # Rows of parameters whose hyperparameters a GlobalOptimManager sets.
-        some = any(overridden)
+        # Hyperparameters that a GlobalOptimManager sets for a parameter do not follow its group.
+        some = any(map(any, own))
         self.register_buffer("own_hyper", bucket.hyper.clone() if some else None)
-        self.register_buffer("has_own", torch.tensor(overridden)[:, None].to(bucket.device) if some else None)
+        self.register_buffer("has_own", torch.tensor(own, device=bucket.device) if some else None)
 
     def update(self, params: list[Tensor], grads: list[Tensor], hyper: Tensor, factor: Tensor | None) -> None:
         rows = hyper.to(self.step.device)[self.group_of]
@@ -99,13 +100,15 @@ class OptimizerStep(nn.Module):
         self.__dict__["optimizer"] = optimizer
         self.__dict__["params_like"] = [params[k] for k in updated]
         index = {id(params[k]): i for i, k in enumerate(updated)}
-        group_of = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        groups = optimizer.param_groups
+        group_of = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
+        own = {id(p): _own_columns(optimizer, groups[group_of[id(p)]], p) for p in self.params_like}
         self.members = [[index[id(p)] for p in bucket.params] for bucket in optimizer._buckets]
         self.parts = nn.ModuleList(
             _Part(
                 bucket,
                 [group_of[id(p)] for p in bucket.params],
-                [id(p) in optimizer._overrides for p in bucket.params],
+                [own[id(p)] for p in bucket.params],
             )
             for bucket in optimizer._buckets
         )
@@ -399,6 +402,15 @@ def _check_hyper(hyper: Tensor, groups: int, names: Sequence[str]) -> None:
             f"hyper is {_spec(hyper)}, must be float64[{groups},{len(names)}]: for each param group "
             f"{', '.join(names)}"
         )
+
+
+def _own_columns(optimizer: Optimizer8bit, group: dict[str, Any], param: Tensor) -> list[bool]:
+    """Which columns of `hyper` a GlobalOptimManager sets for a parameter."""
+    family = optimizer.family
+    override = optimizer._overrides.get(id(param), {})
+    keys = {"betas" if key in family.beta_names else key for key in override} & group.keys()
+    marked = {key: (math.nan,) * family.betas if key == "betas" else math.nan for key in keys}
+    return [math.isnan(value) for value in family.hyper({**group, **marked})]
 
 
 def _without_views(batch: Sequence[Tensor]) -> tuple[Tensor, ...]:

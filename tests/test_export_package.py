@@ -392,18 +392,17 @@ def test_the_backward_of_attention_is_exported_right():
     x = torch.randn(2, 11, 17)[:, 1:, 1:]
     step, eager = make(), make()
     run = step.export(x, x).module()
+    x, y = x.contiguous(), x.flip(1)
     for _ in range(3):
-        assert run(step.hyper(), x, x.flip(1)).item() == pytest.approx(
-            eager(eager.hyper(), x, x.flip(1)).item()
-        )
+        assert run(step.hyper(), x, y).item() == pytest.approx(eager(eager.hyper(), x, y).item())
     assert difference(dict(run.named_buffers()), eager.state_dict()) < 1e-3
 
 
-FIXED = {cls for name, cls in vars(optim).items() if name in ("Optimizer1State", "Optimizer2State")}
+BASES = {Optimizer8bit, optim.Optimizer1State, optim.Optimizer2State}
 CASES = [
     (cls, bits)
     for cls in vars(optim).values()
-    if inspect.isclass(cls) and issubclass(cls, Optimizer8bit) and hasattr(cls, "family") and cls not in FIXED
+    if inspect.isclass(cls) and issubclass(cls, Optimizer8bit) and cls not in BASES
     for bits in ([cls.bits] if cls.bits else [8, 32])
 ]
 
@@ -434,14 +433,15 @@ def test_overrides_of_single_parameters_are_exported(manager):
     def make():
         params = [nn.Parameter(torch.ones(512)) for _ in range(3)]
         manager.register_parameters(params)
-        manager.override_config(params[0], key_value_dict={"lr": 0.5})
+        manager.override_config(params[0], key_value_dict={"lr": 0.5})  # but not its weight decay
         manager.override_config(params[1], key_value_dict={"optim_bits": 32})
         return OptimizerStep(AdamW(params, lr=1e-2, optim_bits=8, min_8bit_size=0, compile=False))
 
     step, optimizer = make(), make().optimizer
-    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.param_groups[0].update(lr=0.1, weight_decay=0.2)
     hyper = step.hyper()
-    hyper[0, step.hyper_names.index("lr")] = 0.1
+    for name in ("lr", "weight_decay"):
+        hyper[0, step.hyper_names.index(name)] = optimizer.param_groups[0][name]
     params, of_optimizer = [p.detach().clone() for p in step.params_like], optimizer.param_groups[0]["params"]
     run = step.export().module()
     for p in of_optimizer:
@@ -449,7 +449,7 @@ def test_overrides_of_single_parameters_are_exported(manager):
     run(params, [p.grad for p in of_optimizer], hyper)
     optimizer.step()
     assert all(map(torch.equal, params, of_optimizer))
-    assert [round(1 - p[0].item(), 2) for p in params] == [0.5, 0.1, 0.1]
+    assert [round(1 - p[0].item(), 2) for p in params] == [0.6, 0.12, 0.12]
 
 
 def test_percentile_clipping_is_exported():
@@ -570,7 +570,7 @@ def changed(name, change):
             [],
             r"tensor0 is float16\[64,16\], must be float32\[64,16\]",
         ),
-        (changed("tensor0", lambda x: x.T.clone().T), [], r"tensor0 is float32\[64,16\]:\[1,64\], must be"),
+        (changed("tensor0", lambda x: x.T.contiguous().T), [], r"tensor0 is float32\[64,16\]:\[1,64\], must be"),
         (changed("hyper", lambda x: x[..., :4]), [], r"hyper is float64\[2,4\].*, must be float64\[2,5\]"),
         (changed("hyper", lambda x: x.float()), [], r"hyper is float32\[2,5\], must be float64\[2,5\]"),
         (changed("hyper", lambda x: x[:9]), [], r"batch\[0\] is of 100 steps, hyper of 9"),
@@ -579,7 +579,7 @@ def changed(name, change):
         (changed("batch[1]", lambda x: x[:, :9].clone()), [], r"batch\[1\] is a batch of 9, must be of 32"),
         (None, [0, 101], "steps 0 to 101, must be from 0 to 100"),
         (None, [2, 1], "steps 2 to 1, must be from 0 to 100"),
-        (None, ["many"], "many"),
+        (None, [0, "9x"], "9x is not a number of steps"),
         (None, [0, 1, 2], "usage: train PACKAGE DATA STATE OUT"),
     ],
 )
@@ -604,7 +604,7 @@ def test_the_program_refuses_other_packages_and_files_that_are_missing(
     out = tmp_path / "out.pt"
     for arguments, message in (
         ([optimizer_package, *files, out], "is an OptimizerStep, must be a TrainStep"),
-        ([tmp_path / "no.pt2", *files, out], "no.pt2"),
+        ([tmp_path / "no.pt2", *files, out], "cannot read .*no.pt2"),
         ([train_package, files[0], tmp_path / "no.pt", out], "cannot read .*no.pt"),
         ([train_package, *files, tmp_path / "no" / "out.pt", 0, 1], "no/out.pt"),
     ):

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypedDict
 import torch
 from torch import Tensor
 
-from ..ops.step import PARAM_DTYPES, STEP_OPS
+from ..ops.step import PARAM_DTYPES, STEP_OPS, StepOp
 from ..rules import Rule
 from . import paging
 from .bucket import Bucket, Kind
@@ -253,7 +253,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         (bucket, k), given = self._places[id(param)], self.state.get(param)
         if given:
             bucket.write(k, read_state(bucket.op.rule, "assigned", param, self.family.unpack(flatten(given))))
-        elif not given:
+        else:
             bucket.begin(k, self.family.initial(self._config(group, param)))
         bucket.entries[k] = StateEntry(bucket.views(k))
         self.state.keep(param, bucket.entries[k])
@@ -361,33 +361,20 @@ class Optimizer8bit(torch.optim.Optimizer):
         """
         if self._read_overrides(always=True):
             self._rebuild()
-        report = []
-        index = -1
+        report: list[dict[str, Any]] = []
         for group in self.param_groups:
-            names = group.get("param_names") or [None] * len(group["params"])
+            names = group.get("param_names") or range(len(report), len(report) + len(group["params"]))
             for name, param in zip(names, group["params"]):
-                index += 1
                 config = self._config(group, param)
-                kind = self._kind(config, param)
-                states = len(kind.op.rule.states)
-                if not states:
-                    reason = "the algorithm keeps no states"
-                elif kind.op.bits == 8:
-                    reason = f"optim_bits=8 and at least min_8bit_size={config['min_8bit_size']} elements"
-                elif config["optim_bits"] == 8:
-                    reason = f"fewer than min_8bit_size={config['min_8bit_size']} elements"
-                elif id(param) in self._overrides and "optim_bits" in self._overrides[id(param)]:
-                    reason = "optim_bits=32 by an override"
-                else:
-                    reason = "optim_bits=32"
+                op = self._kind(config, param).op
                 report.append(
                     dict(
-                        name=index if name is None else name,
+                        name=name,
                         shape=tuple(param.shape),
                         numel=param.numel(),
-                        bits=kind.op.bits if states else None,
-                        reason=reason,
-                        bytes_per_param=kind.op.bytes_per_param(param.numel()),
+                        bits=op.bits if op.rule.states else None,
+                        reason=_reason(op, config, "optim_bits" in self._overrides.get(id(param), {})),
+                        bytes_per_param=op.bytes_per_param(param.numel()),
                     )
                 )
         return report
@@ -493,7 +480,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 bucket, k = self._places[id(param)]
                 entry = self.family.pack(saved["state"][index])
                 if bucket.kind.trust:
-                    entry["unorm_vec"] = torch.zeros(1, device=bucket.device)  # bitsandbytes' scratch
+                    entry["unorm_vec"] = bucket.step.new_zeros(1)  # bitsandbytes' scratch
                 saved["state"][index] = {**entry, "step": int(steps[bucket][k])}
         return saved
 
@@ -515,7 +502,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             state_dict = hook(self, state_dict) or state_dict
         contents, params = match_groups(self.param_groups, state_dict)
         contents = [self.family.checked(content) for content in contents]
-        self._read_overrides(always=not self._buckets)
+        if self._read_overrides(always=not self._buckets):
+            self._rebuild()
         rules = {id(p): self._rule(content, p) for content in contents for p in content["params"]}
         states = {
             params[key]: read_state(
@@ -576,6 +564,16 @@ class Optimizer8bit(torch.optim.Optimizer):
         self._read_overrides(always=True)
         if self.state:
             self._rebuild()
+
+
+def _reason(op: StepOp, config: dict[str, Any], overridden: bool) -> str:
+    """Why a parameter has states of so many bits."""
+    if not op.rule.states:
+        return "the algorithm keeps no states"
+    if config["optim_bits"] == 32:
+        return "optim_bits=32" + overridden * " by an override"
+    least = f"min_8bit_size={config['min_8bit_size']} elements"
+    return f"optim_bits=8 and at least {least}" if op.bits == 8 else f"fewer than {least}"
 
 
 def _prepare_while_tracing(optimizer: Optimizer8bit, *guarded: str) -> int:

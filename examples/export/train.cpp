@@ -13,7 +13,6 @@
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/serialization/pickle.h>
 
-#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <fstream>
@@ -42,12 +41,24 @@ Dict read(const std::string& path) {
   return torch::jit::pickle_load(bytes).toGenericDict();
 }
 
+// torch::pickle_save tags a dict with its type, which torch.load with weights_only=True does not read.
 void write(const std::string& path, const Tensors& tensors) {
   c10::Dict<std::string, at::Tensor> dict;
   for (const auto& [name, x] : tensors) dict.insert(name, x.cpu());
-  const auto bytes = torch::jit::pickle_save(dict);
-  std::ofstream file(path, std::ios::binary);
-  if (!file.write(bytes.data(), bytes.size()).flush()) fail("cannot write ", path);
+  std::string bytes;
+  const auto append = [&](const char* data, size_t size) { bytes.append(data, size); };
+  torch::jit::Pickler pickler(append, nullptr, nullptr, nullptr, nullptr, /*tag_aggregates=*/false);
+  pickler.protocol();
+  pickler.pushIValue(dict);
+  pickler.stop();
+
+  caffe2::serialize::PyTorchStreamWriter file(path);
+  file.writeRecord("data.pkl", bytes.data(), bytes.size());
+  for (size_t k = 0; k < pickler.tensorData().size(); ++k) {
+    const auto data = torch::jit::getWriteableTensorData(pickler.tensorData()[k]);
+    file.writeRecord("data/" + std::to_string(k), data.data(), data.sizeInBytes());
+  }
+  file.writeEndOfFile();
 }
 
 c10::IValue entry(const Dict& dict, const std::string& name, const std::string& path) {
@@ -83,7 +94,7 @@ void train(const std::vector<std::string>& args) {
   if (args.size() < 4 || args.size() > 6) fail("usage: train PACKAGE DATA STATE OUT [FIRST [LAST]]");
   const auto &package = args[0], &data_path = args[1], &state_path = args[2];
   const auto data = read(data_path), state = read(state_path);
-
+  if (!std::ifstream(package)) fail("cannot read ", package);
   torch::inductor::AOTIModelPackageLoader step(package);
   const auto metadata = step.get_metadata();
   if (!metadata.count("bnb_compile")) fail(package, " is not a package of bnb_compile");
@@ -103,16 +114,14 @@ void train(const std::vector<std::string>& args) {
   step.load_constants(constants, /*use_inactive=*/false, /*check_full_update=*/true, /*user_managed=*/true);
 
   std::vector<at::Tensor> inputs;
-  int64_t steps = -1, batch = -1;
+  int64_t steps = -1, batch = -1;  // none yet
   for (const auto& [name, spec] : read_lines(metadata.at("bnb_compile.inputs"))) {
     const auto x = entry(data, name, data_path).toTensor(), of_step = x.narrow(0, 0, 1).squeeze(0);
     check(data_path + ": " + name, of_step, spec);
-    if (steps >= 0 && x.size(0) != steps) fail(data_path, ": ", name, " is of ", x.size(0), " steps, hyper of ", steps);
+    const bool of_any_size = spec.find('*') != std::string::npos;
+    if (steps >= 0 && steps != x.size(0)) fail(data_path, ": ", name, " has ", x.size(0), " steps, must have ", steps);
     steps = x.size(0);
-    if (spec.find('*') != std::string::npos && batch >= 0 && of_step.size(0) != batch) {
-      fail(data_path, ": ", name, " is a batch of ", of_step.size(0), ", must be of ", batch);
-    }
-    if (spec.find('*') != std::string::npos) batch = of_step.size(0);
+    if (!of_any_size) continue;
     inputs.push_back(name == "hyper" ? x : x.to(device));  // hyperparameters are read on the host
   }
 
