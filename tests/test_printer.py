@@ -22,6 +22,7 @@ _PLAIN = {
     "neg": "(-{})",
     "abs": "abs({})",
     "sqrt": "math.sqrt({})",
+    "reciprocal": "(1 / {})",
     "floor": "math.floor({})",
     "sign": "math.copysign({0} != 0, {0})",
     "exp": "math.exp({})",
@@ -145,7 +146,7 @@ def test_printed_rules(rule: rules.Rule, step: float) -> None:
 
     count = 2 + len(rule.states)
     kind = type(rule.scalars(rule.hyper(*map(torch.tensor, hyper)), torch.tensor(step)))
-    values = [0.7, -0.3, 0.2, 0.04, 0.05][:count]
+    values = [0.7, -0.3, 0.2, 0.04, 0.05, -0.06][:count]
     for of_elements in (rule.update, rule.direction):
 
         def function(*a: Tensor, of_elements: Callable = of_elements) -> tuple:

@@ -207,14 +207,18 @@ def _products_to_fuse(graph: torch.fx.Graph) -> dict[torch.fx.Node, torch.fx.Nod
     return fused
 
 
+def _c_number(value: float, kind: str, suffix: str = "") -> str:
+    if math.isinf(value):
+        return f"{'-' if value < 0 else ''}std::numeric_limits<{kind}>::infinity()"
+    return f"{float(value)!r}{suffix}"
+
+
 def _c_double(value: float) -> str:
-    return f"{float(value)!r}"
+    return _c_number(value, "double")
 
 
 def _c_float(value: float) -> str:
-    if math.isinf(value):
-        return f"V({'-' if value < 0 else ''}std::numeric_limits<float>::infinity())"
-    return f"V({float(value)!r}f)"
+    return f"V({_c_number(value, 'float', 'f')})"
 
 
 _COMPARISONS = {

@@ -8,7 +8,7 @@ other defaults.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,8 @@ class Scalars(NamedTuple):
     unit: Tensor
 
 
-def _scalars(h: Hyper, step: Tensor) -> Scalars:
+def scalars(h: Any, step: Tensor) -> Scalars:
+    """Adam's scalars, of hyperparameters that have at least its own."""
     correction1 = 1 - h.beta1**step
     correction2 = (1 - h.beta2**step).sqrt()
     return Scalars(
@@ -81,5 +82,5 @@ def direction_amsgrad(
 STATES = (State("exp_avg", signed=True), State("exp_avg_sq", signed=False))
 STATES_AMSGRAD = (*STATES, State("max_exp_avg_sq", signed=False))
 
-ADAM = Rule("adam", Hyper, STATES, _scalars, direction)
-ADAM_AMSGRAD = Rule("adam_amsgrad", Hyper, STATES_AMSGRAD, _scalars, direction_amsgrad)
+ADAM = Rule("adam", Hyper, STATES, scalars, direction)
+ADAM_AMSGRAD = Rule("adam_amsgrad", Hyper, STATES_AMSGRAD, scalars, direction_amsgrad)

@@ -7,13 +7,14 @@ instead of being decoupled.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import adam
-from .rule import Rule
+from .rule import Rule, extended
 
 
 class Hyper(NamedTuple):
@@ -28,34 +29,15 @@ class Hyper(NamedTuple):
     adam_w_mode: Tensor
 
 
-class Scalars(NamedTuple):
-    """Adam's, and what is added of a parameter to its gradient."""
-
-    keep: Tensor
-    beta1: Tensor
-    one_minus_beta1: Tensor
-    beta2: Tensor
-    one_minus_beta2: Tensor
-    step_size: Tensor
-    eps: Tensor
-    unit: Tensor
-    l2: Tensor
+#: Adam's, and what is added of a parameter to its gradient.
+Scalars = extended(adam.Scalars, "l2")
 
 
-def _scalars(h: Hyper, step: Tensor) -> Scalars:
-    correction1 = torch.where(h.bias_correction == 1, 1 - h.beta1**step, 1.0)
-    correction2 = torch.where(h.bias_correction == 1, (1 - h.beta2**step).sqrt(), 1.0)
-    return Scalars(
-        keep=1 - h.lr * h.weight_decay * h.adam_w_mode,
-        beta1=h.beta1,
-        one_minus_beta1=1 - h.beta1,
-        beta2=h.beta2,
-        one_minus_beta2=1 - h.beta2,
-        step_size=h.lr * correction2 / correction1,
-        eps=h.eps * correction2,
-        unit=correction2 / correction1,
-        l2=h.weight_decay * (1 - h.adam_w_mode),
-    )
+def _scalars(h: Hyper, step: Tensor) -> Any:
+    # After infinitely many steps there is no bias.
+    step = torch.where(h.bias_correction == 1, step, math.inf)
+    decoupled = h.weight_decay * h.adam_w_mode
+    return Scalars(*adam.scalars(h._replace(weight_decay=decoupled), step), l2=h.weight_decay - decoupled)
 
 
 def _direction(param: Tensor, grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:

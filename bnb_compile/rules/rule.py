@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,6 +15,11 @@ class State(NamedTuple):
 
     name: str
     signed: bool  # whether it can be negative: decides which 8-bit map stores it
+
+
+def extended(scalars: Any, *names: str) -> Any:
+    """A NamedTuple with further fields, for a rule that has another one's scalars and more."""
+    return collections.namedtuple(scalars.__name__, (*scalars._fields, *names))
 
 
 @dataclass(frozen=True)
