@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/
 
-.PHONY: help train export test check integrations slow bench clean
+.PHONY: help train export test check integrations slow bench contract clean
 
 help:
 	@echo "make train   train a small GPT with 8-bit AdamW, beside 32-bit AdamW"
@@ -12,6 +12,7 @@ help:
 	@echo "make integrations  tests with transformers, peft, accelerate and lightning"
 	@echo "make slow    the tests that take minutes"
 	@echo "make bench   time the optimizer step beside torch, bitsandbytes and torchao"
+	@echo "make contract  count compiles, graph breaks and host syncs of 16 training loops, beside theirs"
 
 # Each set of extras is installed once, until pyproject.toml or the constraints change.
 $(VENV)/.installed-%: pyproject.toml constraints.txt
@@ -41,6 +42,9 @@ check: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-peers
 	$(RUN)python benchmarks/step.py $(ARGS)
+
+contract: $(VENV)/.installed-peers
+	$(RUN)python benchmarks/contract.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs

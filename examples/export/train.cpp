@@ -15,10 +15,10 @@
 
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <fstream>
 #include <iterator>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -27,16 +27,9 @@
 using Dict = c10::impl::GenericDict;
 using Tensors = std::unordered_map<std::string, at::Tensor>;
 
-template <typename... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
 Dict read(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
-  if (!file) fail("cannot read ", path);
+  TORCH_CHECK(file, "cannot read ", path);
   const std::vector<char> bytes(std::istreambuf_iterator<char>(file), {});
   return torch::jit::pickle_load(bytes).toGenericDict();
 }
@@ -62,27 +55,11 @@ void write(const std::string& path, const Tensors& tensors) {
 }
 
 c10::IValue entry(const Dict& dict, const std::string& name, const std::string& path) {
-  if (!dict.contains(name)) fail(path, " has no ", name);
+  TORCH_CHECK(dict.contains(name), path, " has no ", name);
   return dict.at(name);
 }
 
-// As in the metadata: float32[64,16], float32[*,16] where the first size may be any, with strides if not contiguous.
-std::string describe(const at::Tensor& x, bool any_size) {
-  std::ostringstream text;
-  text << c10::getDtypeNames(x.scalar_type()).first << '[';
-  for (int64_t k = 0; k < x.dim(); ++k) text << (k ? "," : "") << (any_size && !k ? "*" : std::to_string(x.size(k)));
-  text << ']';
-  if (x.is_contiguous()) return text.str();
-  for (int64_t k = 0; k < x.dim(); ++k) text << (k ? "," : ":[") << x.stride(k);
-  return text.str() + "]";
-}
-
-void check(const std::string& name, const at::Tensor& x, const std::string& expected) {
-  const auto found = describe(x, expected.find('*') != std::string::npos);
-  if (found != expected) fail(name, " is ", found, ", must be ", expected);
-}
-
-// Lines of a shape and a name, as names and shapes in their order.
+// Lines of the metadata: a tensor's specification and its name, here the other way round.
 std::vector<std::pair<std::string, std::string>> read_lines(const std::string& lines) {
   std::vector<std::pair<std::string, std::string>> found;
   std::istringstream text(lines);
@@ -90,18 +67,41 @@ std::vector<std::pair<std::string, std::string>> read_lines(const std::string& l
   return found;
 }
 
+// A specification is float32[64,16], or float32[*,16] if the first size may be any; strides follow if it has some.
+bool any_size(const std::string& spec) { return spec.find('*') != std::string::npos; }
+
+void check(const std::string& name, const at::Tensor& x, const std::string& spec) {
+  std::vector<std::string> sizes;
+  for (const auto n : x.sizes()) sizes.push_back(sizes.empty() && any_size(spec) ? "*" : std::to_string(n));
+  auto found = c10::str(c10::getDtypeNames(x.scalar_type()).first, '[', c10::Join(",", sizes), ']');
+  if (!x.is_contiguous()) found += c10::str(":[", c10::Join(",", x.strides()), ']');
+  TORCH_CHECK(found == spec, name, " is ", found, ", must be ", spec);
+}
+
+void agree(const std::string& name, const char* what, int64_t& known, int64_t found) {
+  TORCH_CHECK(known < 0 || found == known, name, " has ", found, ' ', what, ", must have ", known);
+  known = found;
+}
+
+int64_t number(const std::string& text) {
+  char* end;
+  const auto value = std::strtoll(text.c_str(), &end, 10);
+  TORCH_CHECK(!text.empty() && !*end, "'", text, "' is not a number of steps");
+  return value;
+}
+
 void train(const std::vector<std::string>& args) {
-  if (args.size() < 4 || args.size() > 6) fail("usage: train PACKAGE DATA STATE OUT [FIRST [LAST]]");
+  TORCH_CHECK(args.size() >= 4 && args.size() <= 6, "usage: train PACKAGE DATA STATE OUT [FIRST [LAST]]");
   const auto &package = args[0], &data_path = args[1], &state_path = args[2];
   const auto data = read(data_path), state = read(state_path);
-  if (!std::ifstream(package)) fail("cannot read ", package);
+  TORCH_CHECK(std::ifstream(package), "cannot read ", package);
   torch::inductor::AOTIModelPackageLoader step(package);
   const auto metadata = step.get_metadata();
-  if (!metadata.count("bnb_compile")) fail(package, " is not a package of bnb_compile");
+  TORCH_CHECK(metadata.count("bnb_compile"), package, " is not a package of bnb_compile");
   const auto kind = metadata.at("bnb_compile.kind"), version = metadata.at("bnb_compile.version");
   const auto of_data = entry(data, "version", data_path).toStringRef();
-  if (version != of_data) fail(package, " is of bnb_compile ", version, ", ", data_path, " of ", of_data);
-  if (kind != "TrainStep") fail(package, " is an ", kind, ", must be a TrainStep");
+  TORCH_CHECK(version == of_data, package, " is of bnb_compile ", version, ", ", data_path, " of ", of_data);
+  TORCH_CHECK(kind == "TrainStep", package, " is an ", kind, ", must be a TrainStep");
 
   // The program's own tensors become those of the step, which updates them in place.
   const c10::Device device(metadata.at("AOTI_DEVICE_KEY"));
@@ -114,27 +114,24 @@ void train(const std::vector<std::string>& args) {
   step.load_constants(constants, /*use_inactive=*/false, /*check_full_update=*/true, /*user_managed=*/true);
 
   std::vector<at::Tensor> inputs;
-  int64_t steps = -1, batch = -1;  // none yet
+  int64_t steps = -1, samples = -1;  // not known yet
   for (const auto& [name, spec] : read_lines(metadata.at("bnb_compile.inputs"))) {
     const auto x = entry(data, name, data_path).toTensor(), of_step = x.narrow(0, 0, 1).squeeze(0);
     check(data_path + ": " + name, of_step, spec);
-    const bool of_any_size = spec.find('*') != std::string::npos;
-    if (steps >= 0 && steps != x.size(0)) fail(data_path, ": ", name, " has ", x.size(0), " steps, must have ", steps);
-    steps = x.size(0);
-    if (!of_any_size) continue;
+    agree(data_path + ": " + name, "steps", steps, x.size(0));
+    if (any_size(spec)) agree(data_path + ": " + name, "samples", samples, of_step.size(0));
     inputs.push_back(name == "hyper" ? x : x.to(device));  // hyperparameters are read on the host
   }
 
-  const int64_t first = args.size() > 4 ? std::stoll(args[4]) : 0;
-  const int64_t last = args.size() > 5 ? std::stoll(args[5]) : steps;
-  if (first < 0 || last < first || last > steps) fail("steps ", first, " to ", last, ", must be from 0 to ", steps);
+  const int64_t first = args.size() > 4 ? number(args[4]) : 0, last = args.size() > 5 ? number(args[5]) : steps;
+  TORCH_CHECK(0 <= first && first <= last && last <= steps, "steps ", first, " to ", last, ", must be in 0 to ", steps);
   for (int64_t k = first; k < last; ++k) {
     const auto start = std::chrono::steady_clock::now();
     std::vector<at::Tensor> row;
     for (const auto& x : inputs) row.push_back(x[k]);
     const double loss = step.run(row).at(0).item().toDouble();
     const std::chrono::duration<double, std::milli> time = std::chrono::steady_clock::now() - start;
-    std::printf("%ld %.9g %.4f\n", static_cast<long>(k), loss, time.count());
+    std::printf("%lld %.9g %.4f\n", static_cast<long long>(k), loss, time.count());
   }
   write(args[3], tensors);
 }

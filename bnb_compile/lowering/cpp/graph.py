@@ -99,12 +99,15 @@ def call_kernel(
     wrapper: Any, name: str, source: str, types: Sequence[str], node: AbstractKernelNode
 ) -> None:
     """Define a kernel and call it with a node's inputs."""
+    declaration = None
     if V.graph.cpp_wrapper:
         for dtype in {x.get_dtype() for x in node.inputs}:
             wrapper.codegen_dtype(dtype)  # the C++ wrapper declares only dtypes announced to it
+        # With it the kernel is in a file of its own; the wrapper's is compiled with -O1.
+        declaration = f'extern "C" void {name}({", ".join(types)});\n'
     else:
         source = f"async_compile.cpp_pybinding({list(types)!r}, r'''{source}''')"
-    wrapper.define_kernel(name, source, None, gpu=False)
+    wrapper.define_kernel(name, source, None, gpu=False, cpp_definition=declaration)
     wrapper.generate_kernel_call(
         name,
         [x.codegen_reference() for x in node.inputs],
