@@ -174,7 +174,7 @@ class Bucket:
             self._compiled = None  # was compiled without
         if self.grad_scale is not None:
             self.grad_scale.copy_(torch.ones_like(self.step) if factor is None else factor)
-        if self.kind.paged:
+        if self.kind.paged and not torch.compiler.is_compiling():
             paging.prefetch(self.arenas, self.device)
         for same_dtype in _by_dtype(grads):
             if compiled:
