@@ -32,7 +32,6 @@ class Case(NamedTuple):
 CASES = {
     "adam": Case(optim.AdamW, dict(betas=(0.9, 0.95), weight_decay=0.1), 2),
     "adam amsgrad": Case(optim.Adam, dict(amsgrad=True), 3),
-    "adan": Case(optim.Adan, dict(weight_decay=0.1), 4),
     "ademamix": Case(optim.AdEMAMix, {}, 3),
     "ademamix scheduled": Case(optim.AdEMAMix, dict(t_alpha=10, t_beta3=20), 3),
     "lamb": Case(optim.LAMB, dict(max_unorm=0.5, weight_decay=0.1), 2),

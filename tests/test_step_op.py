@@ -123,17 +123,8 @@ def _adagrad(p: Tensor, g: Tensor, t: float, h: SimpleNamespace, total: Tensor) 
     return g / (total.sqrt() + h.eps), total
 
 
-def _adan(p: Tensor, g: Tensor, t: float, h: SimpleNamespace, *states: Tensor) -> tuple:
-    m, v, d, previous = states
-    diff = g - previous if t > 1 else 0 * g
-    m, d = h.beta1 * m + (1 - h.beta1) * g, h.beta2 * d + (1 - h.beta2) * diff
-    v = h.beta3 * v + (1 - h.beta3) * (g + h.beta2 * diff) ** 2
-    c1, c2, c3 = 1 - h.beta1**t, 1 - h.beta2**t, 1 - h.beta3**t
-    h.lr /= 1 + h.lr * h.weight_decay  # which makes the proximal decay a decoupled one
-    return (m / c1 + h.beta2 * d / c2) / ((v / c3).sqrt() + h.eps), m, v, d, g
-
-
-#: Update, and whether weight decay is decoupled (LAMB: where it has adam_w_mode).
+#: Update, and whether weight decay is decoupled (LAMB: where it has adam_w_mode). An algorithm that is not here
+#: is compared with the formula in its opt_*.py, by test_optimizers.py.
 RULES: dict[str, tuple[Callable[..., tuple], bool]] = {
     "adam": (_adam, True),
     "adam_amsgrad": (_adam, True),
@@ -148,8 +139,12 @@ RULES: dict[str, tuple[Callable[..., tuple], bool]] = {
     "rmsprop_centered": (_rmsprop_centered, False),
     "rmsprop_centered_momentum": (_rmsprop_centered, False),
     "adagrad": (_adagrad, False),
-    "adan": (_adan, True),
 }
+
+
+KNOWN = pytest.mark.parametrize(
+    "op", [op for op in STEP_OPS.values() if op.rule.name in RULES], ids=lambda op: op.name
+)
 
 
 def states_of(op: StepOp, arenas: list[Tensor], slot: Slot) -> list[Tensor]:
@@ -225,13 +220,13 @@ def stepped(op: StepOp, *args, **kwargs) -> tuple[Bucket, Bucket]:
 
 
 @pytest.mark.parametrize("modes", [Modes(), EVERYTHING, Modes(trust=True)], ids=["", "all modes", "trust"])
-@OPS
+@KNOWN
 def test_one_step_is_the_rule_in_float64(op: StepOp, modes: Modes) -> None:
     old, new = stepped(op, [*SHAPES, (300, 20), (500,), (600,), (700,)], modes=modes, without_grad=[3])
     assert_is_reference(op, old, new)
 
 
-@OPS
+@KNOWN
 def test_the_first_step_is_the_rule_in_float64(op: StepOp) -> None:
     assert_is_reference(op, *stepped(op, SHAPES, first=True))
 
@@ -398,7 +393,7 @@ def test_schemas() -> None:
         f"{options}) -> (Tensor[], Tensor)"
     )
     assert ("sgd_plain", 8) not in STEP_OPS
-    assert len(STEP_OPS) == 2 * len(RULES) - 1
+    assert {rule for rule, _ in STEP_OPS} >= RULES.keys()
 
 
 # -- what all rules share ------------------------------------------------------------------------------------
