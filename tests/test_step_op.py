@@ -123,8 +123,8 @@ def _adagrad(p: Tensor, g: Tensor, t: float, h: SimpleNamespace, total: Tensor) 
     return g / (total.sqrt() + h.eps), total
 
 
-#: Update, and whether weight decay is decoupled (LAMB: where it has adam_w_mode). An algorithm that is not here
-#: is compared with the formula in its opt_*.py, by test_optimizers.py.
+#: Update, and whether weight decay is decoupled (LAMB: where it has adam_w_mode). An algorithm that is not
+#: here is compared with the formula in its opt_*.py, by test_optimizers.py.
 RULES: dict[str, tuple[Callable[..., tuple], bool]] = {
     "adam": (_adam, True),
     "adam_amsgrad": (_adam, True),
