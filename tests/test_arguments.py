@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bnb_compile import optim
-from bnb_compile.optim import optimizer as base_module
+from bnb_compile.optim import options as options_module
 
 # -- bitsandbytes' signatures, after `params` ----------------------------------------------------
 
@@ -731,7 +731,7 @@ def test_paged_classes_are_ordinary_ones_on_a_cpu(name):
 
 
 def test_paged_states_on_a_cpu_warn_once_in_a_process():
-    base_module._has_managed_memory.cache_clear()
+    options_module.has_managed_memory.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for name in ("Adam8bit", "AdamW", "Lion"):
@@ -747,7 +747,7 @@ def test_paged_states_on_a_cpu_warn_once_in_a_process():
 
 
 def test_ordinary_states_do_not_warn_about_paging():
-    base_module._has_managed_memory.cache_clear()
+    options_module.has_managed_memory.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run("Adam8bit")

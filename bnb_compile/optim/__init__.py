@@ -41,7 +41,7 @@ from .manager import GlobalOptimManager as GlobalOptimManager
 from .optimizer import Optimizer1State as Optimizer1State
 from .optimizer import Optimizer2State as Optimizer2State
 from .optimizer import Optimizer8bit as Optimizer8bit
-from .optimizer import Options as Options
+from .options import Options as Options
 from .rmsprop import RMSprop as RMSprop
 from .rmsprop import RMSprop8bit as RMSprop8bit
 from .rmsprop import RMSprop32bit as RMSprop32bit

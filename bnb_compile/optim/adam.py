@@ -10,7 +10,8 @@ from typing_extensions import Unpack
 
 from ..rules import ADAM, ADAM_AMSGRAD
 from .family import Family
-from .optimizer import Optimizer2State, Options
+from .optimizer import Optimizer2State
+from .options import Options
 
 Family(
     "adam",

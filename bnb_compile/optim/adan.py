@@ -10,7 +10,8 @@ from typing_extensions import Unpack
 
 from ..rules import ADAN
 from .family import Family
-from .optimizer import Optimizer2State, Options
+from .optimizer import Optimizer2State
+from .options import Options
 
 Family(
     "adan",

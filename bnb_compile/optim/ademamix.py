@@ -11,7 +11,8 @@ from typing_extensions import Unpack
 
 from ..rules import ADEMAMIX
 from .family import Family
-from .optimizer import Optimizer2State, Options
+from .optimizer import Optimizer2State
+from .options import Options
 
 
 def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -11,7 +11,8 @@ from typing_extensions import Unpack
 from ..rules import LAMB as LAMB_RULE
 from ..rules import LAMB_AMSGRAD
 from .family import Family
-from .optimizer import Optimizer2State, Options
+from .optimizer import Optimizer2State
+from .options import Options
 
 Family(
     "lamb",

@@ -9,7 +9,8 @@ from typing_extensions import Unpack
 
 from . import sgd
 from .family import Family
-from .optimizer import Optimizer1State, Options
+from .optimizer import Optimizer1State
+from .options import Options
 
 Family(
     "lars",

@@ -10,7 +10,8 @@ from typing_extensions import Unpack
 
 from ..rules import LION
 from .family import Family
-from .optimizer import Optimizer1State, Options
+from .optimizer import Optimizer1State
+from .options import Options
 
 Family(
     "lion",

@@ -2,103 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-import shutil
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..ops.step import PARAM_DTYPES, STEP_OPS, StepOp
 from ..rules import Rule
-from . import paging
 from .bucket import Bucket, Kind
 from .checkpoint import flatten, match_groups, read_state
 from .clipping import gradient_factors
-from .family import FAMILIES, Family, flag, integer, number
+from .family import FAMILIES, Family, flag, number
 from .group import ParamGroup, StateEntry, States
 from .manager import GlobalOptimManager
-
-
-class Options(TypedDict, total=False):
-    """Arguments that every optimizer takes besides its hyperparameters, by keyword.
-
-    Attributes:
-        optim_bits: 8 for block-wise quantised states, 32 (the default) for float32. A class named for a
-            number of bits has that many; there 32 is also accepted as bitsandbytes' default.
-        args: An object whose attributes `optim_bits`, `min_8bit_size`, ... replace these arguments.
-        min_8bit_size: Parameters with fewer elements have float32 states, whatever `optim_bits` is.
-        max_unorm: Largest norm of an update before the learning rate, relative to the parameter's norm; 0
-            is none.
-        skip_zeros: Whether an element whose gradient is zero keeps its value and its states.
-        percentile_clipping: Percentile of the last 100 gradient norms of a parameter, to which its gradient
-            is clipped; 100 is off.
-        block_wise: Whether each block of 256 elements of an 8-bit state has a scale of its own; otherwise a
-            parameter has one.
-        is_paged: Whether states of parameters with 100,000 elements or more are in CUDA managed memory, from
-            which the driver moves to the host what does not fit into the GPU. Without a GPU: ordinary memory.
-        max_grad_norm: Largest norm of all gradients together, to which the step clips them; None is off.
-        amp_fused: Whether a ``GradScaler`` hands its scale and its verdict to the step, which then unscales,
-            and skips itself, without a synchronisation. Off by default, as Lightning refuses to clip then.
-        bf16_stochastic_round: Whether bfloat16 parameters are rounded up or down by chance, so that small
-            updates are not lost; see `bnb_compile.rules.rounding`.
-        compile: Whether `step` runs the compiled kernel; False runs the eager reference; "auto" the kernel if
-            it can be compiled here, and else, with a warning, the reference.
-    """
-
-    optim_bits: int
-    args: Any
-    min_8bit_size: int
-    max_unorm: float
-    skip_zeros: bool
-    percentile_clipping: int
-    block_wise: bool
-    is_paged: bool
-    max_grad_norm: float | None
-    amp_fused: bool
-    bf16_stochastic_round: bool
-    compile: bool | str
-
-
-#: What bitsandbytes keeps in ``optimizer.args``.
-_ARGS: dict[str, Any] = {
-    "optim_bits": 32,
-    "min_8bit_size": 4096,
-    "max_unorm": 0.0,
-    "skip_zeros": False,
-    "percentile_clipping": 100,
-    "block_wise": True,
-}
-_PAGED_SIZE = 100_000  # elements; below, paging is not worth it (bitsandbytes' number)
-
-
-def _check_args(args: dict[str, Any]) -> dict[str, Any]:
-    """Options as numbers, checked.
-
-    Raises:
-        ValueError: If one is out of its range.
-    """
-    bits, percentile = integer("optim_bits", args["optim_bits"]), args["percentile_clipping"]
-    if bits not in (8, 32):
-        raise ValueError(f"Invalid optim_bits: {bits}, must be 8 or 32")
-    percentile = integer("percentile_clipping", percentile)
-    if not 1 <= percentile <= 100:
-        raise ValueError(f"Invalid percentile_clipping: {percentile}, must be in [1, 100]; 100 is off")
-    return {
-        **args,
-        "optim_bits": bits,
-        "min_8bit_size": integer("min_8bit_size", args["min_8bit_size"]),
-        "max_unorm": number("max_unorm", args["max_unorm"]),
-        "skip_zeros": flag("skip_zeros", args["skip_zeros"]),
-        "percentile_clipping": percentile,
-        "block_wise": flag("block_wise", args["block_wise"]),
-    }
+from .options import ARGS, PAGED_SIZE, check_args, has_managed_memory, no_compiler
 
 
 class Optimizer8bit(torch.optim.Optimizer):
@@ -110,7 +30,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of them, as for any torch optimizer.
         defaults: Hyperparameters of groups that do not have their own.
-        options: See `Options`; and the further hyperparameters of the family.
+        options: See `bnb_compile.optim.Options`; and the further hyperparameters of the family.
 
     Raises:
         ValueError: If a hyperparameter or an option is out of its range.
@@ -149,10 +69,10 @@ class Optimizer8bit(torch.optim.Optimizer):
         if self.paged and not self.is_paged:
             raise ValueError(f"{name}: is_paged=False, must be True for a class that is named for it")
         args = options.pop("args", None)
-        chosen = {key: getattr(args, key, options.pop(key, off)) for key, off in _ARGS.items()}
+        chosen = {key: getattr(args, key, options.pop(key, off)) for key, off in ARGS.items()}
         if options:
             raise TypeError(f"{name} got unexpected arguments {sorted(options)}")
-        chosen = _check_args(chosen)
+        chosen = check_args(chosen)
         if chosen["optim_bits"] not in (self.bits, 32) and self.bits is not None:
             raise ValueError(
                 f"{name}: optim_bits={chosen['optim_bits']}, must be {self.bits}, or 32 (ignored)"
@@ -288,7 +208,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         args = vars(self.args)
         config = {**group, **override}
         own = {key: config[key] for key in args if key in config}
-        return {**config, **(_check_args({**args, **own}) if own else args)}
+        return {**config, **(check_args({**args, **own}) if own else args)}
 
     def _kind(self, config: dict[str, Any], param: Tensor) -> Kind:
         rule = self.family.rule(config)
@@ -305,7 +225,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             or self.max_grad_norm is not None
             or self._step_supports_amp_scaling,
             stochastic=self.bf16_stochastic_round and param.dtype == torch.bfloat16,
-            paged=self.is_paged and _has_managed_memory(param.device) and param.numel() >= _PAGED_SIZE,
+            paged=self.is_paged and has_managed_memory(param.device) and param.numel() >= PAGED_SIZE,
         )
 
     def _add_buckets(self, wanted: Callable[[Tensor], bool]) -> None:
@@ -420,7 +340,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         return result
 
     def _compiles(self, device: torch.device) -> bool:
-        return _no_compiler(device.type) is None if self._compile == "auto" else self._compile
+        return no_compiler(device.type) is None if self._compile == "auto" else self._compile
 
     def _scaler_factor(self) -> Tensor | None:
         """What a ``GradScaler``, or a user, asks to multiply all gradients by; NaN to skip the step."""
@@ -587,30 +507,6 @@ def _prepare_while_tracing(optimizer: Optimizer8bit, *guarded: str) -> int:
 _prepare_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@functools.cache
-def _no_compiler(device: str) -> str | None:
-    """Why steps cannot be compiled for a type of device; warns once."""
-    reason = None
-    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
-        reason = "TORCH_COMPILE_DISABLE=1"
-    elif device != "cpu" and importlib.util.find_spec("triton") is None:
-        reason = "there is no triton"
-    elif device == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        reason = "there is no C++ compiler"
-    if reason is not None:
-        warnings.warn(f"optimizer steps on {device} run uncompiled: {reason}", stacklevel=2)
-    return reason
-
-
-@functools.cache
-def _has_managed_memory(device: torch.device) -> bool:
-    """Whether states can be paged on a device; warns once if not."""
-    reason = paging.unavailable(device)
-    if reason is not None:
-        warnings.warn(f"paged optimizer states are in ordinary memory: {reason}", stacklevel=2)
-    return reason is None
-
-
 class _ByName(Optimizer8bit):
     """The constructor of both bases that take an `optimizer_name`."""
 
@@ -639,7 +535,7 @@ class Optimizer1State(_ByName):
         betas: ``(momentum, dampening)``, ``(alpha, momentum)`` of RMSprop, both betas of Lion.
         eps: Added to the root of a second moment.
         weight_decay: Added to the gradient, times the parameter; decoupled in Lion.
-        options: See `Options`; and hyperparameters of the algorithm, such as `nesterov`.
+        options: See `bnb_compile.optim.Options`; and hyperparameters of the algorithm, such as `nesterov`.
     """
 
     moments = 1
@@ -668,7 +564,7 @@ class Optimizer2State(_ByName):
         betas: Decay rates of the moments, each in ``[0, 1)``; three for AdEMAMix.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled: what is taken away of a parameter, times `lr`.
-        options: See `Options`; and hyperparameters of the algorithm, such as `amsgrad`.
+        options: See `bnb_compile.optim.Options`; and hyperparameters of the algorithm, such as `amsgrad`.
     """
 
     moments = 2

@@ -10,7 +10,8 @@ from typing_extensions import Unpack
 
 from ..rules import RMSPROP
 from .family import Family
-from .optimizer import Optimizer1State, Options
+from .optimizer import Optimizer1State
+from .options import Options
 
 
 def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:

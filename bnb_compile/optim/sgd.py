@@ -11,7 +11,8 @@ from typing_extensions import Unpack
 from ..rules import SGD as SGD_RULE
 from ..rules import SGD_PLAIN, Rule
 from .family import Family
-from .optimizer import Optimizer1State, Options
+from .optimizer import Optimizer1State
+from .options import Options
 
 
 def rule(group: Mapping[str, Any]) -> Rule:
