@@ -21,7 +21,7 @@ from ..ops.blockwise import (
     quantize_op,
 )
 from . import _inductor
-from ._inductor import V, TensorBox, process_subgraph_nodes, register_lowering, select_decomp_table
+from ._inductor import TensorBox, V, process_subgraph_nodes, register_lowering, select_decomp_table
 
 
 def _inline(function: Callable[..., Any], arguments: dict[Any, Any]) -> Any:
@@ -51,9 +51,7 @@ def _dynamic_map(signed: bool) -> DynamicMap:
 def _(x: TensorBox, code: TensorBox | None, block_size: int, signed: bool = True) -> Any:
     node = V.graph.current_node
     if code is not None:
-        return _inline(
-            lambda x, code: quantize(x, code, block_size), {node.args[0]: x, node.args[1]: code}
-        )
+        return _inline(lambda x, code: quantize(x, code, block_size), {node.args[0]: x, node.args[1]: code})
     tables, device = _dynamic_map(signed), x.get_device()
     return _inline(
         lambda x, values, outward: quantize(x, DynamicMap(signed, values, outward), block_size),

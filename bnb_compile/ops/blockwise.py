@@ -79,16 +79,12 @@ def _check_map(code: Tensor | None, block_size: int) -> None:
         code is None or (code.dtype == torch.float32 and code.shape == (256,)),
         lambda: f"code must be None or 256 ascending float32 values, got {code}",
     )
-    torch._check_value(
-        block_size >= 1, lambda: f"block_size must be at least 1, got {block_size}"
-    )
+    torch._check_value(block_size >= 1, lambda: f"block_size must be at least 1, got {block_size}")
 
 
 def _check_quantize(x: Tensor, code: Tensor | None, block_size: int) -> None:
     _check_map(code, block_size)
-    torch._check_value(
-        x.dtype in _FLOATS, lambda: f"x must be float32, float16 or bfloat16, got {x.dtype}"
-    )
+    torch._check_value(x.dtype in _FLOATS, lambda: f"x must be float32, float16 or bfloat16, got {x.dtype}")
 
 
 def _check_dequantize(
@@ -96,14 +92,14 @@ def _check_dequantize(
 ) -> None:
     _check_map(code, block_size)
     torch._check_value(codes.dtype == torch.uint8, lambda: f"codes must be uint8, got {codes.dtype}")
-    torch._check_value(
-        dtype in _FLOATS, lambda: f"dtype must be float32, float16 or bfloat16, got {dtype}"
-    )
+    torch._check_value(dtype in _FLOATS, lambda: f"dtype must be float32, float16 or bfloat16, got {dtype}")
     count = -(-codes.numel() // block_size)
     torch._check_value(
         absmax.dtype == torch.float32 and absmax.numel() == count,
-        lambda: f"absmax must be {count} float32 scales, one for each block of {block_size} "
-        f"codes, got {absmax.numel()} of {absmax.dtype}",
+        lambda: (
+            f"absmax must be {count} float32 scales, one for each block of {block_size} "
+            f"codes, got {absmax.numel()} of {absmax.dtype}"
+        ),
     )
 
 

@@ -25,9 +25,7 @@ DECADES = 7
 _MARGIN = 2.0**-10
 
 
-def create_dynamic_map(
-    signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8
-) -> Tensor:
+def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Tensor:
     """Values of the dynamic map, ascending.
 
     Args:

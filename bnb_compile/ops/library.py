@@ -10,9 +10,7 @@ import torch
 _LIBRARY = torch.library.Library("bnb_compile", "DEF")
 
 
-def define(
-    schema: str, eager: Callable[..., Any], fake: Callable[..., Any]
-) -> torch._ops.OpOverload:
+def define(schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
     """Register ``bnb_compile::<schema>`` with its reference kernel and its shape function.
 
     Args:

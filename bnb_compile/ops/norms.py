@@ -3,8 +3,8 @@
     tensor_norms(Tensor[] xs) -> Tensor
 
 gives the Euclidean norm of each of n tensors of one dtype (float32, bfloat16 or float16), of any shapes and
-strides: ``(n,)`` float32, on their device. Sums are formed in a fixed order, so a result does not depend on the
-number of threads, nor on anything that ran before.
+strides: ``(n,)`` float32, on their device. Sums are formed in a fixed order, so a result does not depend on
+the number of threads, nor on anything that ran before.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ with n parameters, and
 
 and by keyword
 
-    grad_scale        None or (n,) float32: gradients are multiplied by it. A parameter whose scale is infinite
-                      or NaN is treated as one without a gradient
+    grad_scale        None or (n,) float32: gradients are multiplied by it. A parameter whose scale is
+                      infinite or NaN is treated as one without a gradient
     max_unorm         None or (n,) float32: the trust ratio's limit, see rules/trust.py; 0 is none
     skip_zeros        whether an element whose gradient is zero keeps its parameter and its states
     block_wise        whether each block of 256 elements of an 8-bit state has its own scale; otherwise all

@@ -97,7 +97,6 @@ def print_rule(rule: Rule) -> str:
     arguments = ["param", "grad", *(f"state[{k}]" for k in range(states))]
     arguments += [f"s[{k}]" for k in range(len(names))]
 
-
     def function(graph: torch.fx.Graph, result: str) -> list[str]:
         lines, (value, *fresh) = write(graph, arguments, C_VECTOR)
         kept = [f"state[{k}] = {state};" for k, state in enumerate(fresh)]
@@ -161,7 +160,7 @@ def _body(op: StepOp, modes: Modes) -> str:
 
 
 def state_arguments(op: StepOp, modes: Modes) -> dict[str, str]:
-    """Names and C++ types of the arguments after the parameters: the arenas, step, hyper and what modes bring."""
+    """Names and C++ types of the arguments after the parameters: arenas, step, hyper, what modes bring."""
     return {
         **{name: f"{TYPES[dtype]}*" for name, dtype in op.arenas},
         "step": "float*",

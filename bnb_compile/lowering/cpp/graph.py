@@ -95,9 +95,7 @@ def function_name(name: str) -> str:
     return name if V.graph.cpp_wrapper else "kernel"
 
 
-def call_kernel(
-    wrapper: Any, name: str, source: str, types: Sequence[str], node: AbstractKernelNode
-) -> None:
+def call_kernel(wrapper: Any, name: str, source: str, types: Sequence[str], node: AbstractKernelNode) -> None:
     """Define a kernel and call it with a node's inputs."""
     declaration = None
     if V.graph.cpp_wrapper:

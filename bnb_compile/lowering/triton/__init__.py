@@ -2,12 +2,12 @@
 
 The first, small, advances `step`, computes the rule's scalars for each parameter in float64, and, in a graph,
 writes the addresses of parameters and gradients into a table. The second does the work: a program finds its
-parameter in the table. Its source and its compile time do not depend on the number of parameters, and an eager
-step and a graph run the same one.
+parameter in the table. Its source and its compile time do not depend on the number of parameters, and an
+eager step and a graph run the same one.
 
-Where a parameter's update depends on all of its elements, by a trust ratio or a scale for the whole parameter,
-two more come between: one that computes the update and keeps only what there is to know of it, and one that adds
-up what its programs found.
+Where a parameter's update depends on all of its elements, by a trust ratio or a scale for the whole
+parameter, two more come between: one that computes the update and keeps only what there is to know of it, and
+one that adds up what its programs found.
 """
 
 from __future__ import annotations
@@ -166,10 +166,14 @@ class Variant(NamedTuple):
 
 
 def _place(tensor: int, dims: int) -> str:
-    """Statements for the places in memory of a program's elements; tensor 0 is the parameter, 1 its gradient."""
+    """Statements for the places of a program's elements; tensor 0 is the parameter, 1 its gradient."""
     if dims == 0:
         return "place = i"
-    lines = [f"strides_row = strides + (k * 2 + {tensor}) * {2 * dims}", "left = i", "place = tl.zeros_like(i)"]
+    lines = [
+        f"strides_row = strides + (k * 2 + {tensor}) * {2 * dims}",
+        "left = i",
+        "place = tl.zeros_like(i)",
+    ]
     for d in reversed(range(dims)):
         lines += [
             f"size = tl.load(strides_row + {d}).to(i.dtype)",
@@ -184,7 +188,9 @@ def measured_columns(op: StepOp) -> int:
     return 1 + len(op.rule.states)
 
 
-def step_arguments(op: StepOp, modes: Modes, variant: Variant, measure: bool = False) -> dict[str, torch.dtype]:
+def step_arguments(
+    op: StepOp, modes: Modes, variant: Variant, measure: bool = False
+) -> dict[str, torch.dtype]:
     """Names and dtypes of the arguments of `step_kernel`, or of `measure_kernel`, all pointers."""
     arguments = {"addresses": torch.int64, "rows": torch.int64, "owner": torch.int32}
     if variant.dims:
@@ -204,14 +210,17 @@ def step_arguments(op: StepOp, modes: Modes, variant: Variant, measure: bool = F
     return arguments
 
 
-def _load_all(op: StepOp, modes: Modes, param_dtype: torch.dtype, grad_dtype: torch.dtype, variant: Variant) -> str:
+def _load_all(
+    op: StepOp, modes: Modes, param_dtype: torch.dtype, grad_dtype: torch.dtype, variant: Variant
+) -> str:
     """Statements that a step and its measuring begin with: everything of a program's elements."""
     names = trace_rule(op.rule).scalar_names
     shared = "".join(f"s{k} = tl.load(shared + k * {len(names)} + {k})\n" for k in range(len(names)))
     index = "tl.int64" if variant.long else "tl.int32"
     if variant.aligned:
         inside = "i // 8 < numel // 8"
-        hint = "param_pointer = tl.multiple_of(param_pointer, 16)\ngrad_pointer = tl.multiple_of(grad_pointer, 16)"
+        pointers = ("param_pointer", "grad_pointer")
+        hint = "\n".join(f"{pointer} = tl.multiple_of({pointer}, 16)" for pointer in pointers)
     else:
         inside, hint = "i < numel", ""
     scale = scaled = ""
@@ -260,7 +269,9 @@ def _keep_unusable(op: StepOp) -> str:
     return "".join(f"new_{s} = tl.where(usable, new_{s}, old_{s})\n" for s in names)
 
 
-def _whole_kernel(op: StepOp, name: str, variant: Variant, arguments: dict[str, torch.dtype], body: str) -> str:
+def _whole_kernel(
+    op: StepOp, name: str, variant: Variant, arguments: dict[str, torch.dtype], body: str
+) -> str:
     return "\n".join(
         [
             f"TILE = tl.constexpr({TILE})\nFAST = tl.constexpr({variant.fast and op.bits == 8})\n",
@@ -325,9 +336,9 @@ def measure_kernel(
 ) -> str:
     """Source of the kernel that finds out what a step must know of whole parameters.
 
-    Its arguments are those of `step_kernel`, but for the last: `found` is float32 with a row for each program,
-    this launch's from row `base` on: sums of the squares of the direction and of the parameter, and the
-    largest magnitude of each state.
+    Its arguments are those of `step_kernel`, but for the last: `found` is float32 with a row for each
+    program, this launch's from row `base` on: sums of the squares of the direction and of the parameter, and
+    the largest magnitude of each state.
     """
     row = f"found + ({base} + pid) * {1 + measured_columns(op)}"
     maxima = "".join(
@@ -454,7 +465,7 @@ t = tl.maximum(steps, 1.0).to(tl.float64)
 
 
 def _as_float(value: str) -> str:
-    # A scalar that is the same for all rules of its kind is printed as a number.
+    # A scalar that depends on nothing, such as SGD's `keep`, is printed as a number.
     return value if value.replace(".", "").isdigit() else f"({value}).to(tl.float32)"
 
 
@@ -477,7 +488,7 @@ NO_NUMBER = 2**62  # in the place of 0, which would be passed as 32 bits and so 
 
 
 def numbers_kernel(name: str) -> str:
-    """Source of a kernel that writes its first NUMBERS arguments into `addresses`, `count` of them from `first`.
+    """Source of a kernel that writes `count` of its first NUMBERS arguments into `addresses`, from `first` on.
 
     They are numbers, and nothing is compiled for their values, so that one kernel serves any tensors.
     """

@@ -70,8 +70,8 @@ def encode_fast(x, SIGNED: tl.constexpr):
     """
     MAGIC: tl.constexpr = 12582912.0  # 1.5 * 2**23: adding it leaves an integer in the low bits
     DOUBLE: tl.constexpr = 0 if SIGNED else 1  # the unsigned map has twice the cells
-    # Without a sign a number above 0 is not rounded to 0 (quantize_state in ops/step.py): all that are smaller
-    # are encoded as the smallest code's value.
+    # Without a sign a number above 0 is not rounded to 0 (quantize_state in ops/step.py): all that are
+    # smaller are encoded as the smallest code's value.
     a = tl.maximum(tl.abs(x) if SIGNED else x, 1.2e-7 if SIGNED else 3.25e-7)
     shifted = _fma_down(_log2(a), 0.30102999566, MAGIC + 7)  # low bits: i = floor(log10(a)) + 7
     slope = _exp2(tl.fma(shifted - MAGIC, -2.321928094887362, 20.083570778 + DOUBLE))

@@ -45,7 +45,11 @@ def lower_triton_norms(xs: Sequence[Any], out: Any) -> None:
     device = xs[0].get_device()
     launches = _plan(xs, xs, device, triton.SUM_BLOCKS)
     programs = sum(len(launch.owner) for launch in launches)
-    written = [empty([len(xs), 2], torch.int64, device), empty([max(programs, 1)], torch.float32, device), out]
+    written = [
+        empty([len(xs), 2], torch.int64, device),
+        empty([max(programs, 1)], torch.float32, device),
+        out,
+    ]
     tables = [spans(launches, len(xs)), *(t for launch in launches for t in launch.tables)]
     read = [_inductor.constant(t, device) for t in tables]
     TritonNormsNode(xs, written, read, launches)
@@ -184,9 +188,7 @@ class TritonNormsNode(AbstractKernelNode):
             base += len(launch.owner)
         name = f"triton_tensor_norms_{wrapper.next_kernel_suffix()}"
         own = {"sums": torch.float32, "spans": torch.int64, "out": torch.float32}
-        _call(
-            wrapper, name, triton.norms_kernel(name), {}, own, [sums, spans, out], programs=len(self.xs)
-        )
+        _call(wrapper, name, triton.norms_kernel(name), {}, own, [sums, spans, out], programs=len(self.xs))
 
 
 def _write_addresses(wrapper: Any, operands: Sequence[tuple[tuple[str, int], Any]], addresses: Any) -> None:
@@ -239,9 +241,7 @@ def _call(
         configs=[{(k,): [["tt.divisibility", 16]] for k in range(len(tensors), len(arguments))}],
     )
     grid = ["_grid_0", "_grid_1", "_grid_2"]
-    inductor_meta = dict(
-        grid_type="FixedGrid", fixed_grid=grid, extra_launcher_args=grid, kernel_name=name
-    )
+    inductor_meta = dict(grid_type="FixedGrid", fixed_grid=grid, extra_launcher_args=grid, kernel_name=name)
     head = f"@triton.jit\ndef {name}("
     before, _, after = kernel.partition(head)
     source = f"""
@@ -269,7 +269,6 @@ from torch._inductor.runtime.hints import DeviceProperties
         triton=True,
         device=device,
     )
-
 
 
 def _decorator(triton_meta: dict[str, Any], inductor_meta: dict[str, Any]) -> str:

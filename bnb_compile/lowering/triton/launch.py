@@ -42,9 +42,8 @@ def _numbers_kernel() -> Any:
 class TritonStep:
     """The compiled step of one bucket on a GPU.
 
-    Two launches, or three if the bucket has tensors whose accesses cannot all be vectors; where a step must first
-    know whole parameters, two or three more. Nothing
-    synchronises; while the tensors stay where they are, nothing is copied to the device either.
+    Two launches, or three if the bucket has tensors whose accesses cannot all be vectors; where a step must
+    first know whole parameters, two or three more. Nothing synchronises; while the tensors stay where they are, nothing is copied to the device either.
 
     Args:
         op: The step operator that it replaces.
@@ -111,9 +110,7 @@ class TritonStep:
             _kernel(triton.finish_kernel, op, modes)[(n,)](found, spans, self.shared, *self.limit, *measured)
         for launch, tables in self._launches:
             kernel = _kernel(triton.step_kernel, op, modes, *kind, launch.variant)
-            kernel[(len(launch.owner),)](
-                self.addresses, *tables, *common, *measured, num_warps=triton.WARPS
-            )
+            kernel[(len(launch.owner),)](self.addresses, *tables, *common, *measured, num_warps=triton.WARPS)
         torch.autograd.graph.increment_version(self.params)
 
     def _upload(self, grads: Sequence[Tensor | None]) -> None:
@@ -163,11 +160,12 @@ class TritonStep:
             [True] * len(pairs),
             triton.has_fast_instructions(self.device),
         )
-        self._launches = [
-            (launch, [table.to(self.device) for table in launch.tables]) for launch in launches
-        ]
+        self._launches = [(launch, [table.to(self.device) for table in launch.tables]) for launch in launches]
         if self.modes.two_phases:
-            programs, columns = sum(len(launch.owner) for launch in launches), triton.measured_columns(self.op)
+            programs, columns = (
+                sum(len(launch.owner) for launch in launches),
+                triton.measured_columns(self.op),
+            )
             self._phases = (
                 spans(launches, len(pairs)).to(self.device),
                 self.shared.new_empty(programs, 1 + columns),

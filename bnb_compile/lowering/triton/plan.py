@@ -88,7 +88,7 @@ def plan(
 
 
 def spans(launches: Sequence[Launch], count: int) -> Tensor:
-    """Where the programs of each of `count` tensors begin and end, counted through all launches: (count, 2) int64."""
+    """Where each tensor's programs begin and end, counted through all launches: (count, 2) int64."""
     table = torch.zeros(count, 2, dtype=torch.int64, device="cpu")
     passed = 0
     for launch in launches:
