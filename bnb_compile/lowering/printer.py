@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..ops import codebook
 from ..rules import Rule, round_bits, trust_ratio
 
 aten = torch.ops.aten
@@ -126,6 +127,17 @@ def trace_rule(rule: Rule) -> TracedRule:
         of_elements(rule.direction),
         shared._fields,
     )
+
+
+@functools.cache
+def trace_cell(signed: bool) -> torch.fx.Graph:
+    """``(magnitude,) -> (cell,)`` of a state, float32; of the unsigned map the cell is the code."""
+
+    def cell(a: torch.Tensor) -> tuple[torch.Tensor]:
+        nearest = codebook.closed_form(a, signed)
+        return (nearest if signed else codebook.never_zero(nearest, a),)
+
+    return trace(cell, 1, torch.float32)
 
 
 @functools.cache

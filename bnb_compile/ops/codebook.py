@@ -151,6 +151,14 @@ def outward_bounds(signed: bool) -> Tensor:
     return torch.cat([nothing, negative, between[127:], nothing])
 
 
+def never_zero(codes: Tensor, x: Tensor) -> Tensor:
+    """Codes of the unsigned map for a state: a number above 0 does not get the code of 0.
+
+    While a first moment survives, a second moment of 0 would make a step of ``exp_avg / eps``.
+    """
+    return torch.where(x > 0, torch.maximum(codes, torch.ones_like(codes)), 0)
+
+
 def nearest(x: Tensor, signed: bool, outward: Tensor) -> Tensor:
     """Nearest code of the dynamic map, exactly: ties go to the lower code.
 

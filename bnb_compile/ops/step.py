@@ -44,6 +44,7 @@ from torch import Tensor
 
 from .. import rules
 from ..rules import Rule, round_bits, trust_ratio
+from . import codebook
 from .arena import BLOCK, Layout, Slot, layout
 from .blockwise import dequantize, dynamic_map, quantize
 from .library import define
@@ -210,13 +211,13 @@ def _load(op: StepOp, arenas: Sequence[Tensor], slot: Slot) -> list[Tensor]:
 def quantize_state(values: Tensor, signed: bool, block_size: int) -> tuple[Tensor, Tensor]:
     """Codes and scales of a state.
 
-    They are the nearest ones, but a number above 0 of an unsigned state is not rounded to 0: while a first
-    moment survives, a second moment of 0 would make a step of ``exp_avg / eps``.
+    They are the nearest ones, but a number above 0 of an unsigned state is not rounded to 0, see
+    `codebook.never_zero`.
     """
     codes, absmax = quantize(values, dynamic_map(signed, values.device), block_size)
     if not signed:
         scales = absmax.repeat_interleave(block_size)[: values.numel()]
-        codes = torch.where((values > 0) & (scales > 0), codes.clamp(min=1), codes)
+        codes = codebook.never_zero(codes, torch.where(scales > 0, values, 0.0))
     return codes, absmax
 
 

@@ -16,7 +16,7 @@ from ..printer import (
     C_DOUBLE,
     C_INTEGERS,
     C_VECTOR,
-    trace,
+    trace_cell,
     trace_round_bits,
     trace_rule,
     trace_trust_ratio,
@@ -67,8 +67,7 @@ def _register_tables(signed: bool) -> dict[str, list[float]]:
 
 
 def _map(signed: bool) -> str:
-    graph = trace(lambda a: (codebook.closed_form(a, signed),), 1, torch.float32)
-    lines, (cell,) = write(graph, ["a"], C_VECTOR)
+    lines, (cell,) = write(trace_cell(signed), ["a"], C_VECTOR)
     tables = {"VALUES": codebook.create_dynamic_map(signed).tolist(), **_register_tables(signed)}
     return "\n".join(
         [

@@ -2,7 +2,7 @@
 //
 // Printed before this text: struct Map<SIGNED> with
 //   VALUES[256]                    what each code stands for
-//   cell(a)                        codebook.closed_form: the number of a magnitude's cell
+//   cell(a)                        trace_cell of printer.py: the number of a magnitude's cell
 // and for AVX-512 the same map as tables that fit into registers, indexed by exponent bits:
 //   SLOPE[16], START[16]           decode, by the binade of 2*cell + 1
 //   ABOVE[32], PER_UNIT[32], FIRST[32]   encode, by the binade of the magnitude
@@ -105,8 +105,6 @@ struct Codec {
         // The map has 1.0 but no -1.0: cell 128 of a negative value is code 0.
         const V mirrored = at::vec::maximum(V(127.f) - code, V(0.f));
         code = V::blendv(V(127.f) + code, mirrored, x < V(0.f));
-      } else {
-        code = V::blendv(V(0.f), at::vec::maximum(code, V(1.f)), x > V(0.f));
       }
       float lane[LANES];
       code.store(lane);

@@ -236,12 +236,12 @@ void update_bucket(
     const double* hyper, const float* grad_scale, const float* max_unorm) {
   constexpr auto STATES = std::make_integer_sequence<int, Rule::STATES>();
   const auto scale = [&](int64_t k) { return SCALED ? grad_scale[k] : 1.f; };
+  const auto active = [&](int64_t k) { return parameters[k].grad && std::isfinite(scale(k)); };
   const auto blocks = [&](int64_t k) {
-    const bool active = parameters[k].grad && (!SCALED || std::isfinite(scale(k)));
-    return active ? (parameters[k].numel + BLOCK - 1) / BLOCK : 0;
+    return active(k) ? (parameters[k].numel + BLOCK - 1) / BLOCK : 0;
   };
   for (int64_t k = 0; k < count; k++)
-    if (parameters[k].grad && (!SCALED || std::isfinite(scale(k)))) step[k] += 1.f;
+    if (active(k)) step[k] += 1.f;
 
   std::vector<Measured> whole(TWO_PHASES ? count : 1);
   if constexpr (TWO_PHASES) {

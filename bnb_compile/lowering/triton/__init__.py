@@ -18,14 +18,13 @@ from typing import NamedTuple
 
 import torch
 
-from ...ops import codebook
 from ...ops.arena import BLOCK
 from ...ops.step import GRAD_LIMIT, Modes, StepOp
 from ..printer import (
     TRITON,
     TRITON_DOUBLE,
     TRITON_INTEGERS,
-    trace,
+    trace_cell,
     trace_round_bits,
     trace_rule,
     trace_trust_ratio,
@@ -80,11 +79,10 @@ def print_rule(op: StepOp) -> str:
 
 @functools.cache
 def _print_encode() -> str:
-    """The portable encoder: codebook.closed_form for both maps, and its code as int32."""
+    """The portable encoder: the cells of both maps, and the code as int32."""
     text = []
     for signed in (True, False):
-        graph = trace(lambda a, signed=signed: (codebook.closed_form(a, signed),), 1, torch.float32)
-        text.append(_function(f"cell_{signed}", ["a"], *write(graph, ["a"], TRITON)))
+        text.append(_function(f"cell_{signed}", ["a"], *write(trace_cell(signed), ["a"], TRITON)))
     text.append(
         """\
 @triton.jit
@@ -95,8 +93,7 @@ def encode(x, SIGNED: tl.constexpr, FAST: tl.constexpr):
         cell = cell_True(tl.abs(x))[0].to(tl.int32)
         # The map has 1.0 but no -1.0: cell 128 of a negative value is code 0.
         return tl.where(x < 0, tl.maximum(127 - cell, 0), 127 + cell)
-    # A number above 0 is not rounded to 0: quantize_state in ops/step.py.
-    return tl.where(x > 0, tl.maximum(cell_False(x)[0].to(tl.int32), 1), 0)
+    return cell_False(x)[0].to(tl.int32)
 """
     )
     return "\n".join(text)
@@ -488,7 +485,7 @@ NO_NUMBER = 2**62  # in the place of 0, which would be passed as 32 bits and so 
 
 
 def numbers_kernel(name: str) -> str:
-    """Source of a kernel that writes `count` of its first NUMBERS arguments into `addresses`, from `first` on.
+    """Source of a kernel that writes `count` of its NUMBERS first arguments to `addresses`, from `first` on.
 
     They are numbers, and nothing is compiled for their values, so that one kernel serves any tensors.
     """

@@ -43,7 +43,8 @@ class TritonStep:
     """The compiled step of one bucket on a GPU.
 
     Two launches, or three if the bucket has tensors whose accesses cannot all be vectors; where a step must
-    first know whole parameters, two or three more. Nothing synchronises; while the tensors stay where they are, nothing is copied to the device either.
+    first know whole parameters, two or three more. Nothing synchronises; while the tensors stay where they
+    are, nothing is copied to the device either.
 
     Args:
         op: The step operator that it replaces.
