@@ -200,13 +200,16 @@ def copy(bucket: Bucket) -> Bucket:
     return torch.utils._pytree.tree_map(same_layout, bucket)
 
 
-def assert_close(op: StepOp, actual: Bucket, expected: Bucket, rate: float = 1e-3) -> None:
+def assert_close(op: StepOp, actual: Bucket, expected: Bucket, rate: float = 1e-4) -> None:
     """Both results of a step are equal except for rounding.
 
     Codes may be one apart where rounding decides, for at most `rate` of them; everything else may differ
     by a few units in the last place of what was added.
     """
-    tolerance = {torch.float32: 5e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+    if any(state.name == "previous_grad" for state in op.rule.states):
+        # 16-bit gradients tie more often than averages of them, and differences of gradients cancel.
+        rate, tolerance[torch.float32] = 10 * rate, 5e-6
     for a, e in zip(actual.params, expected.params, strict=True):
         allowed = tolerance[e.dtype]
         torch.testing.assert_close(a, e, rtol=allowed, atol=1e-6 if e.dtype == torch.float32 else allowed)

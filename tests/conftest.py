@@ -19,6 +19,15 @@ def fresh_inductor_cache() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tests of small tensors, which threads make slower, or whose sums must have one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def nan_filled_empty() -> Iterator[None]:
     """`torch.empty` gives NaN, so that an element nobody wrote is noticed.

@@ -212,6 +212,8 @@ class OptTest:
     #: other variants differ from it.
     variants: tuple[dict[str, Any], ...]
     relative_error_8bit: float  # of the displacement after 100 steps, in all variants
+    relative_error_32bit: float = 2.5e-6  # the same, of float32 states and parameters
+    compiled_error_8bit: float = 1e-3  # of the displacement, compiled beside eager
     torch_class: type | None = None  # computes the same, for the same hyperparameters
     invalid: tuple[tuple[dict[str, Any], str], ...] = ()  # arguments, and what the error must say
 

@@ -186,13 +186,7 @@ def results(optimizer, params):
     return [p.tolist() for p in params], states
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For small tensors more threads cost more than they do, many times more beside other processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # for small tensors more threads cost more than they do
 
 
 @pytest.fixture(autouse=True)

@@ -57,13 +57,7 @@ each_dtype = pytest.mark.parametrize(
 ADAM = CASES["adam"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For small tensors more threads cost more than they do, many times more beside other processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # for small tensors more threads cost more than they do
 
 
 def parameters(dtype=torch.float32, shapes=SHAPES):

@@ -17,14 +17,7 @@ from bnb_compile.optim.clipping import (
     present_mask,
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For small tensors more threads cost more than they do, many times more beside other processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # for small tensors more threads cost more than they do
 
 
 def clipping_scale(ring, grads, step, percentile):

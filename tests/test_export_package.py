@@ -27,15 +27,10 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 STEPS = 100
 
 # run_decompositions copies a pytree specification, of which torch itself warns
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),  # bitwise equal only where sums have one order
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+]
 
 
 @pytest.fixture

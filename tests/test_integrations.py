@@ -17,6 +17,7 @@ from bnb_compile import hf, optim
 
 # These packages warn while they are imported and used; what this package warns of is still an error.
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),  # bitwise equal only where sums have one order
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.filterwarnings("error:::bnb_compile"),
     pytest.mark.filterwarnings("ignore:paged optimizer states"),
@@ -29,15 +30,6 @@ EAGER = dict(compile=False, min_8bit_size=MIN_8BIT_SIZE)
 def package(name):
     reason = f"{name} is not installed: pip install -e .[integrations] -c constraints.txt"
     return pytest.importorskip(name, reason=reason)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two runs are bitwise equal only where the matrix products sum in one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

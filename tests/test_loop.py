@@ -24,14 +24,12 @@ from bnb_compile.lowering.cpp.launch import compile_kernel
 from bnb_compile.optim import SGD, AdamW, AdEMAMix, GlobalOptimManager, Lion, Optimizer8bit, RMSprop
 from bnb_compile.optim.checkpoint import flatten
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # for small tensors more threads cost more than they do
+
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For small tensors more threads cost more than they do, many times more beside other processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def forget_graphs():
     yield
-    torch.set_num_threads(threads)
     torch._dynamo.reset()
 
 

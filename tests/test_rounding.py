@@ -17,13 +17,7 @@ from bnb_compile.rules import round_bits
 SPACING = 2.0**-7  # of bfloat16 numbers from 1 to 2
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For small tensors more threads cost more than they do, many times more beside other processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # for small tensors more threads cost more than they do
 
 
 both_paths = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])

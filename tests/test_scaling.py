@@ -12,14 +12,12 @@ from torch._dynamo.testing import CompileCounter
 from bnb_compile import PercentileClipper
 from bnb_compile.optim import SGD, AdamW
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # for small tensors more threads cost more than they do
+
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For small tensors more threads cost more than they do, many times more beside other processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def forget_graphs():
     yield
-    torch.set_num_threads(threads)
     torch._dynamo.reset()
 
 

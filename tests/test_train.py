@@ -19,13 +19,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 STEPS = 30
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two runs are bitwise equal only where the matrix products sum in one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # bitwise equal only where sums have one order
 
 
 @pytest.fixture(scope="module")
