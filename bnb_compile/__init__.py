@@ -4,4 +4,4 @@ from . import convert as convert
 from . import export as export
 from . import functional as functional
 from . import optim as optim
-from .optim.clipping import PercentileClipper as PercentileClipper
+from .optim.percentile import PercentileClipper as PercentileClipper

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops.arena import BLOCK
-from .ops.blockwise import dequantize
 from .optim import Optimizer8bit
+from .optim.options import ARGS
 from .rules import Rule
+from .state.checkpoint import decode
 
 #: torch's class for each family.
 _COUNTERPARTS: dict[str, type[torch.optim.Optimizer]] = {
@@ -44,7 +44,6 @@ def from_torch(optimizer: Optimizer8bit, state_dict: dict[str, Any]) -> None:
         for index in group["params"]
     }
     states = {index: _state_from_torch(rules[index], state) for index, state in state_dict["state"].items()}
-    states = {index: optimizer.family.pack(state) for index, state in states.items()}
     optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
@@ -60,14 +59,17 @@ def to_torch(optimizer: Optimizer8bit) -> dict[str, Any]:
     torch_class = _counterpart(optimizer)
     (defaults,) = torch_class([torch.zeros(1)]).param_groups  # type: ignore[call-arg]
     saved = optimizer.state_dict()
+    family_keys = {"lr", "betas", "eps", "weight_decay", *optimizer.family.extras, *ARGS}
     groups = []
     for group in saved["param_groups"]:
-        ours = {**group, **dict(zip(optimizer.family.beta_names, group["betas"]))}
-        groups.append({key: ours.get(key, default) for key, default in defaults.items()})
+        ours = {**group, **dict(zip(optimizer.family.betas, group["betas"]))}
+        # What a schedule or a user has put beside the hyperparameters goes along.
+        others = {key: value for key, value in group.items() if key not in family_keys}
+        groups.append({**{key: ours.get(key, default) for key, default in defaults.items()}, **others})
     params = [param for group in optimizer.param_groups for param in group["params"]]
     rules = [optimizer.family.rule(g) for g in optimizer.param_groups for _ in g["params"]]
     states = {
-        index: _state_to_torch(rules[index], dict(optimizer.state[params[index]])) for index in saved["state"]
+        index: _state_to_torch(rules[index], entry, params[index]) for index, entry in saved["state"].items()
     }
     return {"state": states, "param_groups": groups}
 
@@ -85,7 +87,7 @@ def _group_from_torch(
     optimizer: Optimizer8bit, torch_class: type[torch.optim.Optimizer], group: dict[str, Any]
 ) -> dict[str, Any]:
     (defaults,) = torch_class([torch.zeros(1)]).param_groups  # type: ignore[call-arg]
-    known = (*optimizer.defaults, *optimizer.family.beta_names)
+    known = (*optimizer.defaults, "betas", *optimizer.family.betas)
     missing = [key for key in known if key in defaults and key not in group]
     if missing:
         raise ValueError(f"a group has no {missing}, only {sorted(group)}: the state is of another algorithm")
@@ -96,7 +98,8 @@ def _group_from_torch(
             f"weight_decay={group['weight_decay']} of torch.optim.Adam is added to the gradient; here it is "
             "decoupled as in torch.optim.AdamW, so only 0 can be taken over"
         )
-    return {**{key: group[key] for key in known if key in group}, "params": group["params"]}
+    kept = {key: value for key, value in group.items() if key in known or key not in defaults}
+    return {**kept, "params": group["params"]}
 
 
 def _state_from_torch(rule: Rule, state: dict[str, Any]) -> dict[str, Any]:
@@ -113,13 +116,10 @@ def _state_from_torch(rule: Rule, state: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def _state_to_torch(rule: Rule, state: dict[str, Any]) -> dict[str, Any]:
-    entry = {"step": state["step"].detach().clone()}
-    for k, kind in enumerate(rule.states, 1):
-        values = state[f"state{k}"]
-        if values.dtype == torch.uint8:
-            values = dequantize(values, state[f"absmax{k}"], state[f"qmap{k}"], BLOCK)
-        entry[kind.name] = values.clone()
+def _state_to_torch(rule: Rule, state: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    entry = {"step": torch.tensor(float(state["step"]))}
+    for k, kind in enumerate(rule.states):
+        entry[kind.name] = decode(state, k, param.numel()).clone().view(param.shape)
     if "variance" in entry:
         entry["square_avg"] = entry.pop("variance") + entry["grad_avg"].square()
     return entry

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .formats.codebook import create_dynamic_map as create_dynamic_map
 from .ops.blockwise import dequantize_op, quantize_op
-from .ops.codebook import create_dynamic_map as create_dynamic_map
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -12,14 +12,8 @@ from typing import Any
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..ops.blockwise import (
-    DynamicMap,
-    dequantize,
-    dequantize_op,
-    dynamic_map,
-    quantize,
-    quantize_op,
-)
+from ..formats.dynamic8 import DynamicMap, dequantize, dynamic_map, quantize
+from ..ops.blockwise import dequantize_op, quantize_op
 from . import _inductor
 from ._inductor import TensorBox, V, process_subgraph_nodes, register_lowering, select_decomp_table
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..ops.step import Arguments, StepOp
+from ..ops.operator import Arguments, Options, StepOp
 from ._inductor import ExternKernel, MutationOutput, NoneLayout, V, lowerings
 
 
@@ -39,8 +39,12 @@ class AbstractKernelNode(ExternKernel):
         """Where the kernel runs."""
         return self.device
 
-    def codegen(self, wrapper: Any) -> None:
-        """Print the kernel and its call."""
+    def codegen(self, code: Any) -> None:
+        """Print the kernels and their calls.
+
+        Args:
+            code: Inductor's wrapper, the code around the kernels.
+        """
         raise NotImplementedError
 
 
@@ -50,47 +54,64 @@ class AbstractStepNode(AbstractKernelNode):
     Args:
         op: The step operator.
         a: Its arguments, lowered.
-        written: What the kernel writes besides the parameters and their states.
-        read: What it reads besides `hyper` and its like.
+        scratch: Further tensors that its kernels write and then read, by name, lowered.
+        constants: Further tensors that its kernels read, by name, lowered.
+
+    Attributes:
+        params: n buffers.
+        grads: n buffers or None.
+        present: The gradients that there are.
+        tensors: All other buffers by the names of kernel arguments: `Arguments.tensors`, scratch, constants.
     """
 
     def __init__(
-        self, op: StepOp, a: Arguments, written: Sequence[Any] = (), read: Sequence[Any] = ()
+        self,
+        op: StepOp,
+        a: Arguments,
+        scratch: dict[str, Any] | None = None,
+        constants: dict[str, Any] | None = None,
     ) -> None:
-        self.op, self.modes = op, a.modes(op)
+        self.op, self.modes = op, op.modes(a.options)
         self.params, self.grads = self.real(a.params), self.real(a.grads)
+        for x in [*self.params, *filter(None, self.grads)]:  # guards are made while lowering
+            static([*x.get_size(), *x.get_stride()])
         self.present = [x for x in self.grads if x is not None]
-        state = [*a.arenas, a.step]
-        self.state, self.written = self.real(state), self.real(written)
-        self.read = self.real([*a.tensors[len(state) :], *read])
+        others = {**a.tensors(op), **(scratch or {}), **(constants or {})}
+        self.tensors = dict(zip(others, self.real(list(others.values()))))
         self.param_dtype = self.params[0].get_dtype()
         self.grad_dtype = self.present[0].get_dtype() if self.present else self.param_dtype
-        inputs = [*self.params, *self.present, *self.state, *self.written, *self.read]
-        super().__init__(inputs, [*a.params, *state, *written])
+        written = [*a.params, *a.arenas, a.step, *(scratch or {}).values()]
+        written += [x for name, x in a.options.tensors.items() if name in Options.written()]
+        super().__init__([*self.params, *self.present, *self.tensors.values()], written)
 
 
-def describe_strides(size: Sequence[Any], stride: Sequence[Any]) -> list[tuple[int, int]] | None:
+def describe_strides(size: Sequence[int], stride: Sequence[int]) -> list[tuple[int, int]] | None:
     """A tensor's dimensions as pairs of size and stride, merged where they can be.
 
     Returns:
         list[tuple[int, int]] | None: None for a contiguous tensor.
     """
     dims: list[tuple[int, int]] = []
-    for n, s in zip(map(int, size), map(int, stride)):
+    for n, s in zip(size, stride):
         if n == 1:
             continue
         if dims and dims[-1][1] == n * s:
             dims[-1] = (dims[-1][0] * n, s)
         else:
             dims.append((n, s))
-    if not dims or (len(dims) == 1 and dims[0][1] == 1) or 0 in map(int, size):
+    if not dims or (len(dims) == 1 and dims[0][1] == 1) or 0 in size:
         return None
     return dims
 
 
+def static(numbers: Sequence[Any]) -> list[int]:
+    """Sizes or strides of a lowered tensor; one that is symbolic becomes what it is now, guarded."""
+    return [V.graph.sizevars.guard_int(n) for n in numbers]
+
+
 def static_numel(size: Sequence[Any]) -> int:
-    """Number of elements of a lowered parameter, whose shape is never dynamic."""
-    return math.prod(int(n) for n in size)
+    """Number of elements of a lowered tensor."""
+    return math.prod(static(size))
 
 
 def empty(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:

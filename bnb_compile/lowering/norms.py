@@ -7,19 +7,15 @@ from typing import Any
 
 import torch
 
+from .. import backends
 from ..ops.norms import norms_op
 from ._inductor import register_lowering
-from .cpp.graph import CppNormsNode
 from .node import empty
-from .triton.graph import lower_triton_norms
 
 
 @register_lowering(norms_op, type_promotion_kind=None)
 def _(xs: Sequence[Any]) -> Any:
     device = xs[0].get_device()
     out = empty([len(xs)], torch.float32, device)
-    if device.type == "cpu":
-        CppNormsNode(xs, out)
-    else:
-        lower_triton_norms(xs, out)
+    backends.lowering(device.type).lower_norms(xs, out)
     return out

@@ -7,23 +7,26 @@ time grows with the number of parameters. So the step is a node of its own that 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
-from ..ops.step import STEP_OPS, Arguments, StepOp
+from .. import backends
+from ..ops.operator import Arguments, StepOp
+from ..ops.step import with_scratch
 from ._inductor import lowerings, register_lowering
-from .cpp.graph import CppStepNode
-from .triton.graph import lower_triton_step
+from .node import empty
 
 
-def _lower(op: StepOp) -> None:
+@functools.cache
+def lower(op: StepOp) -> None:
+    """Tell Inductor how to lower the two operators of a step."""
+
     def in_place(*args: Any, **options: Any) -> None:
         a = Arguments.of(args, options)
-        if a.params[0].get_device().type == "cpu":
-            CppStepNode(op, a)
-        else:
-            lower_triton_step(op, a)
+        backends.lowering(a.params[0].get_device().type).lower_step(op, a)
+        backends.counts["captured"] += 1
 
     def functional(*args: Any, **options: Any) -> tuple[Any, ...]:
         clone = lowerings[torch.ops.aten.clone.default]
@@ -31,12 +34,12 @@ def _lower(op: StepOp) -> None:
         params, state = [clone(p) for p in params], [clone(x) for x in state]
         for x in (*params, *state):
             x.realize()
-        in_place(params, grads, *state, hyper, **options)
+
+        def scratch(x: Any) -> Any:
+            return empty(x.get_size(), x.get_dtype(), x.get_device())
+
+        in_place(params, grads, *state, hyper, **with_scratch(options, scratch))
         return params, *state
 
     register_lowering(op.in_place, type_promotion_kind=None)(in_place)
     register_lowering(op.functional, type_promotion_kind=None)(functional)
-
-
-for _op in STEP_OPS.values():
-    _lower(_op)

@@ -1,77 +1,17 @@
-"""Block-wise quantisation to 8 bits: one scale, the largest magnitude, for each block of elements.
+"""Block-wise quantisation to 8 bits as operators: one scale, the largest magnitude, for each block of elements.
 
-What non-finite and vanishing values do:
-
-- A block that holds a NaN or an infinity has it as its absmax, the code of zero everywhere, and
-  decodes to NaN everywhere (to an infinity with a table that has no exact zero): nothing non-finite turns
-  into a number.
-- A block whose largest magnitude is below 2**-126 (the smallest normal float32) counts as zero:
-  absmax 0, and it decodes to exactly 0.
+See `formats.dynamic8` for what they compute, and for what non-finite and vanishing values do.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from . import codebook
+from ..formats.dynamic8 import dequantize, dynamic_map, quantize
 from .library import define
 
-SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class DynamicMap(NamedTuple):
-    """The two tables that quantise with and decode the dynamic map, on one device."""
-
-    signed: bool
-    values: Tensor  # (256,) float32, by code
-    outward: Tensor  # (256,) or (257,) float32, see codebook.outward_bounds
-
-
-@functools.cache
-def dynamic_map(signed: bool, device: torch.device) -> DynamicMap:
-    """The dynamic map's tables on a device; made once for each device."""
-    values = codebook.create_dynamic_map(signed)
-    outward = codebook.outward_bounds(signed)
-    return DynamicMap(signed, values.to(device), outward.to(device))
-
-
-def _spread(scales: Tensor, numel: int, block_size: int) -> Tensor:
-    """The scale of each element."""
-    if numel % block_size == 0:
-        return scales[:, None].expand(-1, block_size).reshape(-1)
-    # (2 i + 1) // (2 b) is i // b. Inductor's C++ backend splits a loop over i at a division of i itself,
-    # and then leaves out the last, partial block (CppScheduling.try_loop_split, torch 2.13).
-    element = torch.arange(numel, device=scales.device)
-    return scales[(2 * element + 1) // (2 * block_size)]
-
-
-def quantize(x: Tensor, code: DynamicMap | Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """`quantize_blockwise` as plain torch code; `code` is the dynamic map or a table of values."""
-    flat = x.reshape(-1).float()
-    numel, count = flat.numel(), -(-flat.numel() // block_size)
-    blocks = torch.nn.functional.pad(flat, (0, count * block_size - numel))
-    absmax = blocks.view(count, block_size).abs().amax(1)
-    absmax = torch.where(absmax < SMALLEST_NORMAL, 0.0, absmax)
-    normalised = flat / _spread(torch.where(absmax == 0, 1.0, absmax), numel, block_size)
-    if isinstance(code, DynamicMap):
-        codes = codebook.nearest(normalised, code.signed, code.outward)
-    else:
-        # A NaN belongs to no cell and would be given the last one; it shall have the code of zero.
-        normalised = torch.where(normalised.isnan(), 0.0, normalised)
-        codes = torch.bucketize(normalised, codebook.bounds(code)).to(torch.uint8)
-    return codes.view(x.shape), absmax
-
-
-def dequantize(codes: Tensor, absmax: Tensor, values: Tensor, block_size: int) -> Tensor:
-    """`dequantize_blockwise` as plain torch code, to float32."""
-    flat = codes.reshape(-1)
-    value = values[flat.int()] * _spread(absmax, flat.numel(), block_size)
-    return value.view(codes.shape)
 
 
 def _check_map(code: Tensor | None, block_size: int) -> None:

@@ -24,6 +24,8 @@ from .ademamix import AdEMAMix32bit as AdEMAMix32bit
 from .ademamix import PagedAdEMAMix as PagedAdEMAMix
 from .ademamix import PagedAdEMAMix8bit as PagedAdEMAMix8bit
 from .ademamix import PagedAdEMAMix32bit as PagedAdEMAMix32bit
+from .by_name import Optimizer1State as Optimizer1State
+from .by_name import Optimizer2State as Optimizer2State
 from .lamb import LAMB as LAMB
 from .lamb import LAMB8bit as LAMB8bit
 from .lamb import LAMB32bit as LAMB32bit
@@ -38,8 +40,6 @@ from .lion import PagedLion as PagedLion
 from .lion import PagedLion8bit as PagedLion8bit
 from .lion import PagedLion32bit as PagedLion32bit
 from .manager import GlobalOptimManager as GlobalOptimManager
-from .optimizer import Optimizer1State as Optimizer1State
-from .optimizer import Optimizer2State as Optimizer2State
 from .optimizer import Optimizer8bit as Optimizer8bit
 from .options import Options as Options
 from .rmsprop import RMSprop as RMSprop

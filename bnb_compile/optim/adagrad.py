@@ -8,15 +8,14 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..rules import ADAGRAD
-from .family import Family
-from .optimizer import Optimizer1State
+from .by_name import Optimizer1State
+from .family import add_family
 from .options import Options
 
-Family(
+add_family(
     "adagrad",
     moments=1,
     rule=lambda group: ADAGRAD,
-    hyper=lambda group: (group["lr"], group["lr_decay"], group["eps"], group["weight_decay"]),
     unused=("betas",),
     extras={"lr_decay": 0.0, "initial_accumulator_value": 0.0},
     initial=lambda group: (float(group["initial_accumulator_value"]),),

@@ -9,15 +9,14 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..rules import ADAM, ADAM_AMSGRAD
-from .family import Family
-from .optimizer import Optimizer2State
+from .by_name import Optimizer2State
+from .family import add_family
 from .options import Options
 
-Family(
+add_family(
     "adam",
     moments=2,
     rule=lambda group: ADAM_AMSGRAD if group["amsgrad"] else ADAM,
-    hyper=lambda group: (group["lr"], *group["betas"], group["eps"], group["weight_decay"]),
     extras={"amsgrad": False},
 )
 

@@ -9,16 +9,15 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..rules import ADAN
-from .family import Family
-from .optimizer import Optimizer2State
+from .by_name import Optimizer2State
+from .family import add_family
 from .options import Options
 
-Family(
+add_family(
     "adan",
     moments=2,
     rule=lambda group: ADAN,
-    hyper=lambda group: (group["lr"], *group["betas"], group["eps"], group["weight_decay"]),
-    betas=3,
+    betas=("beta1", "beta2", "beta3"),
 )
 
 

@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ..rules import ADEMAMIX
-from .family import Family
-from .optimizer import Optimizer2State
+from .by_name import Optimizer2State
+from .family import add_family
 from .options import Options
-
-
-def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    schedules = group["t_alpha"] or 0, group["t_beta3"] or 0
-    return group["lr"], *group["betas"], group["alpha"], *schedules, group["eps"], group["weight_decay"]
 
 
 def _check(group: Mapping[str, Any]) -> None:
@@ -28,38 +22,14 @@ def _check(group: Mapping[str, Any]) -> None:
         )
 
 
-# bitsandbytes keeps both first moments in one tensor with one more dimension.
-
-
-def _pack(state: dict[str, Any]) -> dict[str, Any]:
-    state = dict(state)
-    for name in ("state", "absmax"):
-        if f"{name}3" in state:
-            state[f"{name}1"] = torch.stack([state[f"{name}1"], state.pop(f"{name}3")])
-    state.pop("qmap3", None)
-    return state
-
-
-def _unpack(state: dict[str, Any]) -> dict[str, Any]:
-    state = dict(state)
-    for name in ("state", "absmax"):
-        if f"{name}1" in state and f"{name}3" not in state and len(state[f"{name}1"]) == 2:
-            state[f"{name}1"], state[f"{name}3"] = state[f"{name}1"].unbind()
-    if "qmap1" in state:
-        state.setdefault("qmap3", state["qmap1"])
-    return state
-
-
-Family(
+add_family(
     "ademamix",
     moments=2,
     rule=lambda group: ADEMAMIX,
-    hyper=_hyper,
-    betas=3,
+    betas=("beta1", "beta2", "beta3"),
     extras={"alpha": 5.0, "t_alpha": None, "t_beta3": None},
     check=_check,
-    pack=_pack,
-    unpack=_unpack,
+    numbers=((0, 2), (1,)),  # bitsandbytes keeps both first moments in one tensor with one more dimension
 )
 
 

@@ -1,17 +1,15 @@
-"""How the groups of an algorithm are read: what bitsandbytes calls an `optimizer_name`."""
+"""How an algorithm reads its param groups: what bitsandbytes calls an `optimizer_name`."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from ..rules import Rule
+from ..validate import flag, number
 
 Group = Mapping[str, Any]
 
@@ -24,32 +22,70 @@ class Family:
         name: bitsandbytes' `optimizer_name`.
         moments: 1 or 2, states of an element in bitsandbytes: the base is `Optimizer1State` or `...2State`.
         rule: The rule that a group asks for.
-        hyper: A group's values of the rule's hyperparameters, each a number or a tensor with one element.
-        betas: How many `betas` a group has.
-        beta_names: What they are called otherwise: keys of a group that take their places.
+        betas: Names of the entries of ``group["betas"]``. They are fields of the rule's hyperparameters; as keys of
+            a group they take the place of the entry.
         extras: Further keys of a group, with their defaults; flags have a bool.
         check: Raises ValueError for values that do not go together.
         unused: Which of `betas` and `eps` the algorithm does not have.
         initial: What the states of a group's parameters begin with; zeros by default.
-        pack: A parameter's state as bitsandbytes lays it out, from one with a tensor for each of the rule's.
-        unpack: The reverse.
+        numbers: Which states of the rule stand under each number in bitsandbytes' keys (`state1`, `state2`, ...);
+            by default each state has a number of its own.
     """
 
     name: str
     moments: int
     rule: Callable[[Group], Rule]
-    hyper: Callable[[Group], tuple[Any, ...]]
-    betas: int = 2
-    beta_names: tuple[str, ...] = ()
+    betas: tuple[str, ...] = ("beta1", "beta2")
     extras: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Group], None] = lambda group: None
     unused: tuple[str, ...] = ()
     initial: Callable[[Group], tuple[float, ...]] = lambda group: ()
-    pack: Callable[[dict[str, Any]], dict[str, Any]] = dict
-    unpack: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    numbers: tuple[tuple[int, ...], ...] = ()
 
-    def __post_init__(self) -> None:
-        FAMILIES[self.name] = self
+    def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The defaults of an optimizer, from its arguments.
+
+        What a schedule of momentum may change is found there by torch's schedulers: ``betas``, of which they take
+        the first, or ``momentum``.
+        """
+        if self.betas[0] in ("beta1", "momentum") and "betas" not in self.unused:
+            return dict(given)
+        rest = {key: value for key, value in given.items() if key != "betas"}
+        return rest if "betas" in self.unused else {**rest, **dict(zip(self.betas, _as_list(given["betas"])))}
+
+    def numbers_of(self, rule: Rule) -> tuple[tuple[int, ...], ...]:
+        """Which states stand under each number in bitsandbytes' keys."""
+        return self.numbers or tuple((k,) for k in range(len(rule.states)))
+
+    def hyper(self, group: Group) -> tuple[Any, ...]:
+        """A group's values of its rule's hyperparameters, matched by name: numbers or tensors with one element.
+
+        Raises:
+            ValueError: If the group has no such value, or not as many betas as the algorithm.
+        """
+        betas = group.get("betas", ())
+        if len(betas) != len(self.betas):
+            raise ValueError(f"Invalid betas: {betas!r}, must be {len(self.betas)} numbers: {self.betas}")
+        values = {**dict(zip(self.betas, betas)), **group}
+        fields = self.rule(group).hyper._fields
+        try:
+            return tuple(0.0 if values[name] is None else values[name] for name in fields)
+        except KeyError as missing:
+            raise ValueError(f"a group has no {missing.args[0]!r}, only {sorted(group)}") from None
+
+    def is_complete(self, group: Group) -> bool:
+        """Whether a group has all that `hyper` reads; it may be in the middle of a change."""
+        present = {*group, *self.betas}
+        return "betas" in group and present.issuperset(self.rule(group).hyper._fields)
+
+    def fold_betas(self, group: dict[str, Any]) -> None:
+        """Put betas that were written under their own names, as momentum is by schedules, into ``betas``."""
+        named = [name for name in self.betas if name in group]
+        if named:
+            betas = zip(self.betas, group["betas"])
+            dict.__setitem__(group, "betas", tuple(group.get(name, beta) for name, beta in betas))
+            for name in named:
+                dict.__delitem__(group, name)
 
     def checked(self, group: Group) -> dict[str, Any]:
         """The group with numeric strings as numbers.
@@ -57,14 +93,11 @@ class Family:
         Raises:
             ValueError: If a hyperparameter is out of its range.
         """
-        betas = group["betas"]
-        with contextlib.suppress(ValueError, SyntaxError):
-            betas = ast.literal_eval(betas) if isinstance(betas, str) else betas
-        if not isinstance(betas, (tuple, list)) or len(betas) != self.betas:
-            raise ValueError(f"Invalid betas: {betas!r}, must be {self.betas} numbers")
-        if self.beta_names:
-            group = dict(group)
-            betas = [group.pop(name, beta) for name, beta in zip(self.beta_names, betas)]
+        betas = _as_list(group.get("betas", [0.0] * len(self.betas)))
+        if not isinstance(betas, (tuple, list)) or len(betas) != len(self.betas):
+            raise ValueError(f"Invalid betas: {betas!r}, must be {len(self.betas)} numbers")
+        group = dict(group)
+        betas = [group.pop(name, beta) for name, beta in zip(self.betas, betas)]
         checked = {
             **group,
             "lr": number("learning rate", group["lr"]),
@@ -85,53 +118,17 @@ class Family:
         return checked
 
 
-#: By name; each module of optim/ that defines a family adds it.
+def _as_list(betas: Any) -> Any:
+    with contextlib.suppress(ValueError, SyntaxError):
+        return ast.literal_eval(betas) if isinstance(betas, str) else betas
+    return betas
+
+
+#: By name.
 FAMILIES: dict[str, Family] = {}
 
 
-def number(name: str, value: Any, below: float = math.inf) -> Any:
-    """A hyperparameter, with a numeric string as a float.
-
-    Raises:
-        ValueError: If it is no number, or not in ``[0, below)``.
-    """
-    mistake = f"Invalid {name}: {value!r}, must be a number or a tensor with one element"
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or value.is_complex():
-            raise ValueError(mistake)
-    else:
-        try:
-            as_float = float(value)
-        except (TypeError, ValueError):
-            raise ValueError(mistake) from None
-        value = as_float if isinstance(value, str) else value
-    if not 0.0 <= value < below:  # also for NaN
-        raise ValueError(f"Invalid {name}: {value}, must be in [0, {below})")
-    return value
-
-
-def integer(name: str, value: Any) -> int:
-    """An option, with a numeric string as an int.
-
-    Raises:
-        ValueError: If it is no whole number.
-    """
-    try:
-        if float(value) == int(float(value)):
-            return int(float(value))
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise ValueError(f"Invalid {name}: {value!r}, must be a whole number")
-
-
-def flag(name: str, value: Any) -> bool:
-    """An option that is on or off, also as 0, 1, "true" or "false".
-
-    Raises:
-        ValueError: If it is none of these.
-    """
-    known = {"true": True, "1": True, "false": False, "0": False}
-    try:
-        return known[str(value).lower()]
-    except KeyError:
-        raise ValueError(f"Invalid {name}: {value!r}, must be True or False") from None
+def add_family(name: str, **attributes: Any) -> Family:
+    """Make a family known under its name."""
+    FAMILIES[name] = Family(name, **attributes)
+    return FAMILIES[name]

@@ -10,22 +10,14 @@ from typing_extensions import Unpack
 
 from ..rules import LAMB as LAMB_RULE
 from ..rules import LAMB_AMSGRAD
-from .family import Family
-from .optimizer import Optimizer2State
+from .by_name import Optimizer2State
+from .family import add_family
 from .options import Options
 
-Family(
+add_family(
     "lamb",
     moments=2,
     rule=lambda group: LAMB_AMSGRAD if group["amsgrad"] else LAMB_RULE,
-    hyper=lambda group: (
-        group["lr"],
-        *group["betas"],
-        group["eps"],
-        group["weight_decay"],
-        group["bias_correction"],
-        group["adam_w_mode"],
-    ),
     extras={"amsgrad": False, "bias_correction": True, "adam_w_mode": True},
 )
 

@@ -8,16 +8,15 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import sgd
-from .family import Family
-from .optimizer import Optimizer1State
+from .by_name import Optimizer1State
+from .family import add_family
 from .options import Options
 
-Family(
+add_family(
     "lars",
     moments=1,
     rule=sgd.rule,
-    hyper=sgd.hyper,
-    beta_names=("momentum", "dampening"),
+    betas=("momentum", "dampening"),
     extras={"nesterov": False},
     check=sgd.check,
     unused=("eps",),

@@ -9,15 +9,14 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..rules import LION
-from .family import Family
-from .optimizer import Optimizer1State
+from .by_name import Optimizer1State
+from .family import add_family
 from .options import Options
 
-Family(
+add_family(
     "lion",
     moments=1,
     rule=lambda group: LION,
-    hyper=lambda group: (group["lr"], *group["betas"], group["weight_decay"]),
     unused=("eps",),
 )
 

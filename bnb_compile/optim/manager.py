@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 #: What can be overridden: hyperparameters of a group, and options of an optimizer.
 OVERRIDABLE = frozenset(
     "lr betas eps weight_decay alpha t_alpha t_beta3 lr_decay "
-    "optim_bits min_8bit_size max_unorm skip_zeros percentile_clipping block_wise".split()
+    "optim_bits states min_8bit_size max_unorm skip_zeros percentile_clipping block_wise".split()
 )
 
 

@@ -1,18 +1,12 @@
-"""Options of every optimizer besides its hyperparameters, and what the machine lets them be."""
+"""Options that every optimizer shares, besides its hyperparameters."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-import shutil
-import warnings
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
-import torch
-
-from . import paging
-from .family import flag, integer, number
+from ..formats import FORMATS, bits_of
+from ..validate import flag, integer, number
 
 
 class Options(TypedDict, total=False):
@@ -21,27 +15,29 @@ class Options(TypedDict, total=False):
     Attributes:
         optim_bits: 8 for block-wise quantised states, 32 (the default) for float32. A class named for a
             number of bits has that many; there 32 is also accepted as bitsandbytes' default.
-        args: An object whose attributes `optim_bits`, `min_8bit_size`, ... replace these arguments.
-        min_8bit_size: Parameters with fewer elements have float32 states, whatever `optim_bits` is.
+        states: Name of a state format (see `bnb_compile.formats`), more exactly than by `optim_bits`: "dynamic8" is
+            what 8 stands for, "float32" what 32 does, "bfloat16" has two bytes and no scales.
+        args: An object, or a dict, whose `optim_bits`, `min_8bit_size`, ... replace these arguments.
+        min_8bit_size: Parameters with fewer elements have float32 states instead of 8-bit ones.
         max_unorm: Largest norm of an update before the learning rate, relative to the parameter's norm; 0
             is none.
         skip_zeros: Whether an element whose gradient is zero keeps its value and its states.
         percentile_clipping: Percentile of the last 100 gradient norms of a parameter, to which its gradient
             is clipped; 100 is off.
-        block_wise: Whether each block of 256 elements of an 8-bit state has a scale of its own; otherwise a
-            parameter has one.
+        block_wise: Whether each block of an 8-bit state has a scale of its own; otherwise a parameter has one.
         is_paged: Whether states of parameters with 100,000 elements or more are in CUDA managed memory, from
             which the driver moves to the host what does not fit into the GPU. Without a GPU: ordinary memory.
         max_grad_norm: Largest norm of all gradients together, to which the step clips them; None is off.
         amp_fused: Whether a ``GradScaler`` hands its scale and its verdict to the step, which then unscales,
             and skips itself, without a synchronisation. Off by default, as Lightning refuses to clip then.
-        bf16_stochastic_round: Whether bfloat16 parameters are rounded up or down by chance, so that small
-            updates are not lost; see `bnb_compile.rules.rounding`.
+        bf16_stochastic_round: Whether bfloat16 parameters are rounded stochastically, so that small updates are
+            not lost; see `bnb_compile.rules.rounding`.
         compile: Whether `step` runs the compiled kernel; False runs the eager reference; "auto" the kernel if
             it can be compiled here, and else, with a warning, the reference.
     """
 
     optim_bits: int
+    states: str | None
     args: Any
     min_8bit_size: int
     max_unorm: float
@@ -58,6 +54,7 @@ class Options(TypedDict, total=False):
 #: What bitsandbytes keeps in ``optimizer.args``.
 ARGS: dict[str, Any] = {
     "optim_bits": 32,
+    "states": None,
     "min_8bit_size": 4096,
     "max_unorm": 0.0,
     "skip_zeros": False,
@@ -80,6 +77,9 @@ def check_args(args: dict[str, Any]) -> dict[str, Any]:
     percentile = integer("percentile_clipping", percentile)
     if not 1 <= percentile <= 100:
         raise ValueError(f"Invalid percentile_clipping: {percentile}, must be in [1, 100]; 100 is off")
+    states = args["states"]
+    if states is not None and states not in FORMATS:
+        raise ValueError(f"Invalid states: {states!r}, must be one of {sorted(FORMATS)}")
     return {
         **args,
         "optim_bits": bits,
@@ -91,25 +91,28 @@ def check_args(args: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@functools.cache
-def no_compiler(device: str) -> str | None:
-    """Why steps cannot be compiled for a type of device; warns once."""
-    reason = None
-    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
-        reason = "TORCH_COMPILE_DISABLE=1"
-    elif device != "cpu" and importlib.util.find_spec("triton") is None:
-        reason = "there is no triton"
-    elif device == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        reason = "there is no C++ compiler"
-    if reason is not None:
-        warnings.warn(f"optimizer steps on {device} run uncompiled: {reason}", stacklevel=2)
-    return reason
+def read_args(args: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `ARGS` that an optimizer is constructed with.
+
+    Args:
+        args: An object or a dict with some of them, which count first; or None.
+        given: The others that were given as arguments.
+
+    Raises:
+        ValueError: If one is out of its range.
+        TypeError: If `args` is neither, or has none of them.
+    """
+    if args is not None:
+        known = args if isinstance(args, Mapping) else {k: getattr(args, k) for k in ARGS if hasattr(args, k)}
+        if not known or not known.keys() <= ARGS.keys():
+            raise TypeError(
+                f"Invalid args: {args!r}, must be an object or a dict with some of {sorted(ARGS)}"
+            )
+        given = {**given, **known}
+    return check_args({**ARGS, **given})
 
 
-@functools.cache
-def has_managed_memory(device: torch.device) -> bool:
-    """Whether states can be paged on a device; warns once if not."""
-    reason = paging.unavailable(device)
-    if reason is not None:
-        warnings.warn(f"paged optimizer states are in ordinary memory: {reason}", stacklevel=2)
-    return reason is None
+def format_of(config: Mapping[str, Any], numel: int) -> str:
+    """Name of the format that the states of a parameter have, from checked options."""
+    name = config["states"] or {8: "dynamic8", 32: "float32"}[config["optim_bits"]]
+    return "float32" if bits_of(name) <= 8 and numel < config["min_8bit_size"] else name

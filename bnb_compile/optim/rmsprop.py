@@ -9,14 +9,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..rules import RMSPROP
-from .family import Family
-from .optimizer import Optimizer1State
+from .by_name import Optimizer1State
+from .family import add_family
 from .options import Options
-
-
-def _hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    alpha, momentum = group["betas"]
-    return group["lr"], alpha, group["eps"], group["weight_decay"], momentum
 
 
 def _check(group: Mapping[str, Any]) -> None:
@@ -26,12 +21,11 @@ def _check(group: Mapping[str, Any]) -> None:
         )
 
 
-Family(
+add_family(
     "rmsprop",
     moments=1,
     rule=lambda group: RMSPROP[group["centered"], bool(group["betas"][1])],
-    hyper=_hyper,
-    beta_names=("alpha", "momentum"),
+    betas=("alpha", "momentum"),
     extras={"centered": False},
     check=_check,
 )

@@ -10,19 +10,14 @@ from typing_extensions import Unpack
 
 from ..rules import SGD as SGD_RULE
 from ..rules import SGD_PLAIN, Rule
-from .family import Family
-from .optimizer import Optimizer1State
+from .by_name import Optimizer1State
+from .family import add_family
 from .options import Options
 
 
 def rule(group: Mapping[str, Any]) -> Rule:
     """The rule without states where there is no momentum."""
     return SGD_PLAIN if group["betas"][0] == 0 else SGD_RULE
-
-
-def hyper(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Values of the hyperparameters; `betas` are momentum and dampening."""
-    return group["lr"], *group["betas"], group["weight_decay"], group["nesterov"]
 
 
 def check(group: Mapping[str, Any]) -> None:
@@ -35,13 +30,12 @@ def check(group: Mapping[str, Any]) -> None:
         )
 
 
-Family(
+add_family(
     "momentum",
     moments=1,
     rule=rule,
-    hyper=hyper,
     unused=("eps",),
-    beta_names=("momentum", "dampening"),
+    betas=("momentum", "dampening"),
     extras={"nesterov": False},
     check=check,
 )

@@ -1,4 +1,4 @@
-"""The algorithms: one file each, the update written once as a pure function."""
+"""The algorithms, one file each, and the two pieces of maths around them: trust ratio and rounding."""
 
 from .adagrad import ADAGRAD as ADAGRAD
 from .adam import ADAM as ADAM

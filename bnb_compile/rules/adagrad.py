@@ -45,4 +45,4 @@ def _direction(param: Tensor, grad: Tensor, square_sum: Tensor, s: Scalars) -> t
     return grad / (square_sum.sqrt() + s.eps), square_sum
 
 
-ADAGRAD = Rule("adagrad", Hyper, (State("sum", signed=False),), _scalars, _direction)
+ADAGRAD = Rule("adagrad", Hyper, (State("sum", nonnegative=True),), _scalars, _direction)

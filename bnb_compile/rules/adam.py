@@ -79,8 +79,8 @@ def direction_amsgrad(
     return exp_avg / (max_exp_avg_sq.sqrt() + s.eps), exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
-STATES = (State("exp_avg", signed=True), State("exp_avg_sq", signed=False))
-STATES_AMSGRAD = (*STATES, State("max_exp_avg_sq", signed=False))
+STATES = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
+STATES_AMSGRAD = (*STATES, State("max_exp_avg_sq", nonnegative=True))
 
 ADAM = Rule("adam", Hyper, STATES, scalars, direction)
 ADAM_AMSGRAD = Rule("adam_amsgrad", Hyper, STATES_AMSGRAD, scalars, direction_amsgrad)

@@ -57,7 +57,7 @@ def _direction(
 ADEMAMIX = Rule(
     "ademamix",
     Hyper,
-    (*adam.STATES, State("exp_avg_slow", signed=True)),
+    (*adam.STATES, State("exp_avg_slow")),
     _scalars,
     _direction,
 )

@@ -48,4 +48,4 @@ def _direction(param: Tensor, grad: Tensor, exp_avg: Tensor, s: Scalars) -> tupl
     return direction, s.beta2 * exp_avg + s.one_minus_beta2 * grad
 
 
-LION = Rule("lion", Hyper, (State("exp_avg", signed=True),), _scalars, _direction)
+LION = Rule("lion", Hyper, (State("exp_avg"),), _scalars, _direction)

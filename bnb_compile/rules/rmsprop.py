@@ -71,10 +71,10 @@ def _rule(centered: bool, momentum: bool) -> Rule:
             fresh.append(scaled)
         return scaled, *fresh
 
-    states = [State("variance", signed=False), State("grad_avg", signed=True)]
-    states = states if centered else [State("square_avg", signed=False)]
+    states = [State("variance", nonnegative=True), State("grad_avg")]
+    states = states if centered else [State("square_avg", nonnegative=True)]
     if momentum:
-        states.append(State("momentum_buffer", signed=True))
+        states.append(State("momentum_buffer"))
     name = "rmsprop" + "_centered" * centered + "_momentum" * momentum
     return Rule(name, Hyper, tuple(states), _scalars, direction)
 

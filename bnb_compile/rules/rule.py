@@ -14,7 +14,9 @@ class State(NamedTuple):
     """One number that an optimizer remembers for each element of a parameter."""
 
     name: str
-    signed: bool  # whether it can be negative: decides which 8-bit map stores it
+    nonnegative: bool = (
+        False  # whether it is a sum or mean of squares, or something else that is never negative
+    )
 
 
 def extended(scalars: Any, *names: str) -> Any:
@@ -34,11 +36,15 @@ class Rule:
         hyper: NamedTuple of the numeric hyperparameters; its order is the order of a row of `hyper`.
         states: What is remembered for each element.
         scalars: ``(hyper, step) -> NamedTuple``: what the elements of a parameter share, such as bias
-            corrections. Arguments and results are float64 and broadcast; `step` counts from 1. Of its fields
-            the rule's user needs `keep`, what weight decay leaves of a parameter; `step_size`, see `update`;
-            and `unit`, which makes of a direction the update before the learning rate, whose norm a trust
-            ratio limits.
-        direction: ``(param, grad, *states, scalars) -> (direction, *states)``, float32 elementwise.
+            corrections. Arguments and results are float64 and broadcast; `step` counts from 1. Three fields
+            are read by name, the others only by `direction`:
+
+            - `keep`: factor on the parameter (decoupled weight decay);
+            - `step_size`: factor on the direction, learning rate included;
+            - `unit`: the same without the learning rate; the trust ratio compares ``unit * |direction|`` with
+              the parameter's norm.
+        direction: ``(param, grad, *states, scalars) -> (direction, *states)``, elementwise: each tensor is
+            float32 of shape ``(numel,)``, each scalar broadcasts.
     """
 
     name: str

@@ -61,6 +61,6 @@ def _direction_plain(param: Tensor, grad: Tensor, s: Scalars) -> tuple[Tensor]:
     return (grad + s.weight_decay * param,)
 
 
-SGD = Rule("sgd", Hyper, (State("momentum_buffer", signed=True),), _scalars, _direction)
+SGD = Rule("sgd", Hyper, (State("momentum_buffer"),), _scalars, _direction)
 #: Without momentum, and so without any state.
 SGD_PLAIN = Rule("sgd_plain", Hyper, (), _scalars, _direction_plain)

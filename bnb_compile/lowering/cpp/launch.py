@@ -8,99 +8,81 @@ parameter instead, so parameters, shapes and missing gradients are data and noth
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...ops.arena import layout
-from ...ops.step import Arguments, Modes, StepOp
-from .. import cpp
+from ...formats import layout
+from ...ops.operator import Arguments, Modes, StepOp
 from .._inductor import CppPythonBindingsCodeCache
+from ..launcher import AbstractLauncher, addresses
 from ..node import describe_strides
+from . import source
+
+
+_COMPILING = threading.RLock()  # tracing patches torch, and one compilation is enough for all threads
+
+
+def compile_kernel(op: StepOp, modes: Modes, param_dtype: torch.dtype, grad_dtype: torch.dtype) -> Any:
+    """The kernel ``(table, count, elements, blocks, *tensors)`` for these dtypes on the CPU."""
+    with _COMPILING:
+        return _compile_kernel(op, modes, param_dtype, grad_dtype)
 
 
 @functools.cache
-def compile_kernel(op: StepOp, modes: Modes, param_dtype: torch.dtype, grad_dtype: torch.dtype) -> Any:
-    """The kernel ``(table, count, *arenas, step, hyper, ...)`` for these dtypes on the CPU."""
-    source = cpp.kernel(
+def _compile_kernel(op: StepOp, modes: Modes, param_dtype: torch.dtype, grad_dtype: torch.dtype) -> Any:
+    text = source.kernel(
         op,
         modes,
         "kernel",
         param_dtype,
         grad_dtype,
-        "const int64_t* table, int64_t count",
+        "const int64_t* table, int64_t count, int64_t elements, int64_t blocks",
         "const Parameter* rows = (const Parameter*)table;",
     )
-    types = ["const int64_t*", "int64_t", *cpp.state_arguments(op, modes).values()]
-    return CppPythonBindingsCodeCache.load_pybinding(types, source)
+    types = ["const int64_t*", *["int64_t"] * 3, *source.state_arguments(op, modes).values()]
+    return CppPythonBindingsCodeCache.load_pybinding(types, text)
 
 
-class CompiledStep:
-    """The compiled step of one bucket.
+class Launcher(AbstractLauncher):
+    """The compiled step of one bucket on a CPU."""
 
-    Args:
-        op: The step operator that it replaces.
-        params: The bucket's parameters.
-        arenas: Their states.
-        step: ``(n,)`` float32.
-        hyper: ``(n, h)`` float64.
-        options: The operator's keyword arguments.
-    """
-
-    def __init__(
-        self,
-        op: StepOp,
-        params: list[Tensor],
-        arenas: list[Tensor],
-        step: Tensor,
-        hyper: Tensor,
-        **options: Any,
-    ) -> None:
-        self.op, self.params = op, params
-        arguments = Arguments(params, [], arenas, step, hyper, **options)
-        self.modes = arguments.modes(op)
-        self.state = arguments.tensors
-        slots = layout(param.numel() for param in params).slots
+    def __init__(self, op: StepOp, a: Arguments) -> None:
+        super().__init__(op, a)
+        self.places = layout(param.numel() for param in a.params)
         # A row is `struct Parameter` of step.h.
-        self.table = _integers([[0, 0, s.numel, s.offset, s.block, 0, 0] for s in slots])
-        self.pointers = self.table[:, :2]
+        self.table = _integers([[0, 0, s.numel, s.offset, s.block, 0, 0] for s in self.places.slots])
+        self.pointers, self.stride_pointers = self.table[:, :2], self.table[:, 5:]
         self.strides: list[Tensor] = []  # keeps alive what the last two columns point to
 
-    def __call__(self, grads: Sequence[Tensor | None]) -> None:
-        """Update the parameters that have a gradient; all gradients have one dtype."""
-        pointers: list[int] = []
-        contiguous = True
-        dtype = None
-        for param, grad in zip(self.params, grads):
-            pointers.append(param.data_ptr())
-            if grad is None:
-                pointers.append(0)
-            else:
-                dtype = grad.dtype
-                # An empty tensor has no address, but it has a gradient.
-                pointers.append(grad.data_ptr() or 1)
-                contiguous = contiguous and param.is_contiguous() and grad.is_contiguous()
-        if dtype is None:
-            return
-        self.pointers.copy_(_integers(pointers).view(-1, 2))
+    def load(self, dtype: torch.dtype) -> None:
+        """See `AbstractLauncher`."""
+        compile_kernel(self.op, self.modes, self.params[0].dtype, dtype)
+
+    def launch(self, grads: Sequence[Tensor | None], dtype: torch.dtype) -> None:
+        """See `AbstractLauncher`."""
+        pointers = _integers([addresses(self.params), addresses(grads)])
+        self.pointers.copy_(pointers.t())
+        present = [grad for grad in grads if grad is not None]
+        contiguous = all(map(Tensor.is_contiguous, self.params)) and all(map(Tensor.is_contiguous, present))
         if not contiguous or self.strides:
             self._describe_strides(grads)
         kernel = compile_kernel(self.op, self.modes, self.params[0].dtype, dtype)
-        kernel(self.table, len(self.params), *self.state)
-        # As after any write in place, so that autograd notices if it still needs the old values.
-        torch.autograd.graph.increment_version(self.params)
+        places = self.places
+        kernel(self.table, len(self.params), places.elements, places.blocks, *self.tensors.values())
 
     def _describe_strides(self, grads: Sequence[Tensor | None]) -> None:
         self.strides = []
-        addresses = []
+        found = []
         for tensor in (x for pair in zip(self.params, grads) for x in pair):
             described = None if tensor is None else describe_strides(tensor.shape, tensor.stride())
             if described is not None:
-                self.strides.append(_integers(cpp.flat_strides(described)))
-            addresses.append(0 if described is None else self.strides[-1].data_ptr())
-        self.table[:, 5:] = _integers(addresses).view(-1, 2)
+                self.strides.append(_integers(source.flat_strides(described)))
+            found.append(0 if described is None else self.strides[-1].data_ptr())
+        self.stride_pointers.copy_(_integers(found).view(-1, 2))
 
 
 def _integers(values: list) -> Tensor:

@@ -2,7 +2,6 @@
 
 using V = at::vec::Vectorized<float>;
 using I = at::vec::Vectorized<int32_t>;
-constexpr int BLOCK = 256;
 constexpr int LANES = V::size();
 
 template <class T>
@@ -64,6 +63,18 @@ struct Staged {
     }
   }
 };
+
+inline float largest(const V& value) {
+  return at::vec::vec_reduce_all<float>(
+      [](const V& a, const V& b) { return at::vec::clamp_min(a, b); }, value);
+}
+
+inline float sum(const V& value) {
+  float lanes[LANES], total = 0;
+  value.store(lanes);
+  for (float lane : lanes) total += lane;
+  return total;
+}
 
 // Divides the chunks of many tensors among threads: calls visit(k, from, to, passed) for chunks `from` to `to` of
 // tensor k, which has chunks(k), after `passed` chunks of the tensors before it. A thread is worth waking for

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...ops.arena import BLOCK, Layout
+from ...formats import BLOCK, Layout
 from ..node import describe_strides
-from . import TILE, Variant
+from .source import TILE, Variant
 
 
 class Launch(NamedTuple):
-    """One launch of a step kernel: its kind, and its tables as CPU tensors."""
+    """One launch of a step kernel: what it is specialised for, and its tables as CPU tensors."""
 
     variant: Variant
     rows: Tensor  # (n, 4) int64
@@ -22,15 +22,21 @@ class Launch(NamedTuple):
     strides: Tensor | None  # (n, 2, 2, dims) int64
 
     @property
-    def tables(self) -> list[Tensor]:
-        """The tables that the kernel takes."""
-        return [table for table in self[1:] if table is not None]
+    def programs(self) -> int:
+        """How many are launched."""
+        return len(self.owner)
+
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """The tables that the kernel takes, by name of the argument."""
+        tables = {"rows": self.rows, "owner": self.owner, "strides": self.strides}
+        return {name: table for name, table in tables.items() if table is not None}
 
 
 def plan(
     places: Layout,
-    sizes: Sequence[Sequence[Any]],
-    strides: Sequence[tuple[Sequence[Any], Sequence[Any]]],
+    sizes: Sequence[Sequence[int]],
+    strides: Sequence[tuple[Sequence[int], Sequence[int]]],
     aligned: Sequence[bool],
     included: Sequence[bool],
     fast: bool,
@@ -55,18 +61,18 @@ def plan(
         for k, slot in enumerate(places.slots)
     ]
     launches = []
-    for kind in (True, False):
+    for vectors in (True, False):
         rows: list[tuple[int, ...]] = []
         owner: list[int] = []
         for k, slot in enumerate(places.slots):
             rows.append((slot.numel, slot.offset, slot.block, len(owner)))
-            if included[k] and regular[k] == kind:
+            if included[k] and regular[k] == vectors:
                 owner += [k] * -(-slot.numel // (blocks * BLOCK))
         if not owner:
             continue
         members = set(owner)
         dims = max((len(d or ()) for k in members for d in described[k]), default=0)
-        variant = Variant(kind, dims, any(places.slots[k].numel >= 2**31 for k in members), fast)
+        variant = Variant(vectors, dims, any(places.slots[k].numel >= 2**31 for k in members), fast)
         table = None
         if dims:
             table = torch.tensor(
@@ -96,7 +102,7 @@ def spans(launches: Sequence[Launch], count: int) -> Tensor:
         members, sizes = launch.owner.unique_consecutive(return_counts=True)
         ends = passed + sizes.cumsum(0)
         table[members.long()] = torch.stack([ends - sizes, ends], 1)
-        passed += len(launch.owner)
+        passed += launch.programs
     return table
 
 

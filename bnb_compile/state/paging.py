@@ -6,7 +6,9 @@ which CUDA builds of torch depend. It is imported when it is first needed.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import warnings
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -15,6 +17,15 @@ import torch
 from torch import Tensor
 
 TYPESTR = {torch.uint8: "|u1", torch.float32: "<f4"}  # as array interfaces write dtypes
+
+
+@functools.cache
+def available(device: torch.device) -> bool:
+    """Whether states can be paged on a device; warns once if not."""
+    reason = unavailable(device)
+    if reason is not None:
+        warnings.warn(f"paged optimizer states are in ordinary memory: {reason}", stacklevel=2)
+    return reason is None
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -159,6 +159,20 @@ def never_zero(codes: Tensor, x: Tensor) -> Tensor:
     return torch.where(x > 0, torch.maximum(codes, torch.ones_like(codes)), 0)
 
 
+def cell(a: Tensor, signed: bool) -> Tensor:
+    """The cell of a state's magnitude as kernels compute it; of the unsigned map the cell is the code.
+
+    Args:
+        a: Magnitudes ``|x| / absmax``, float32, any shape.
+        signed: Which map.
+
+    Returns:
+        Tensor: float32, as `a`: the nearest, or next to it within rounding of a midpoint; `never_zero`.
+    """
+    nearest = closed_form(a, signed)
+    return nearest if signed else never_zero(nearest, a)
+
+
 def nearest(x: Tensor, signed: bool, outward: Tensor) -> Tensor:
     """Nearest code of the dynamic map, exactly: ties go to the lower code.
 
@@ -183,3 +197,72 @@ def nearest(x: Tensor, signed: bool, outward: Tensor) -> Tensor:
     place = torch.clamp(torch.where(negative, 127 - cell, 128 + cell), min=0)
     cell = (a > outward[place]).to(torch.int32)
     return torch.where(negative, place - cell, place - 1 + cell).to(torch.uint8)
+
+
+def register_tables(signed: bool) -> dict[str, list[float]]:
+    """`SEGMENTS` as tables of 16 or 32 floats, indexed by exponent bits: they fit into vector registers.
+
+    Returns:
+        dict[str, list[float]]: To decode, by the binade of ``t = 2*cell + 1`` (unsigned: ``2*code + 3``):
+        the value is ``t * SLOPE + START``. To encode, by the low 5 bits of a magnitude's exponent: above
+        ABOVE the next entries count; the cell is ``floor(a * PER_UNIT + FIRST)``.
+    """
+    zero, *decades, one = segments = SEGMENTS[signed]
+    slope, start = [0.0] * 16, [0.0] * 16
+    for decade in decades:
+        # cell = floor(a * slope + start), so the middle of a cell is at (cell + 1/2 - start) / slope.
+        ahead = 0 if signed else 1
+        binade = int(math.log2(decade.last + ahead))  # of the cells; t is in the next one
+        slope[binade] = 0.5 / decade.slope
+        start[binade] = -(decade.start + ahead) / decade.slope
+    start[one.last.bit_length() - 1 if signed else 8] = 1.0
+
+    above, per_unit, first = [], [], []
+    for index in range(32):  # magnitudes from 2**-31 to 2**0
+        low = 2.0 ** (index - 31)
+        segment = [s for s in segments if s.above < low][-1]
+        within = [s.above for s in segments if low <= s.above < 2 * low]
+        assert len(within) <= 1
+        above.append(within[0] if within else torch.finfo(torch.float32).max)
+        per_unit.append(segment.slope)
+        # The last cell of a decade is found from its FIRST as 9/4 FIRST - 1/2, rounded down; 1/4 makes it 0.
+        first.append(0.25 if segment is zero else segment.start)
+    return dict(SLOPE=slope, START=start, ABOVE=above, PER_UNIT=per_unit, FIRST=first)
+
+
+class Logarithmic(NamedTuple):
+    """The map for an encoder that finds the decade by a logarithm, see lowering/triton/dynamic8.py.
+
+    With ``i = floor(log10(a)) + 7`` the cells of decade i are the integers above ``a * slope + start`` with
+    ``slope = 2**(log2_slope - i * log2(5))`` and ``start = first_start * 2**i``, counted so that each decade's
+    are those of a binade.
+    """
+
+    least: float  # what smaller magnitudes are encoded as
+    log2_slope: float  # of decade 0, rounded down to a float32: cells shall not begin early
+    first_start: float  # of decade 0
+    one: float  # above it, the code is that of 1.0
+    one_cell: float  # unsigned: where the cell of 1.0 begins, in cells of the last decade
+
+
+def _logarithmic(signed: bool) -> Logarithmic:
+    first, *_, last, one = SEGMENTS[signed][1:]
+    shift = 0 if signed else 1  # of unsigned cells, see _segments
+    return Logarithmic(
+        # Within the lowest decade and nearer to 0 than to the first code; without a sign the first code itself.
+        least=1.2 * 10.0**-DECADES if signed else create_dynamic_map(signed)[1].item(),
+        log2_slope=_down(math.log2(first.slope)),
+        first_start=first.start + shift,
+        one=one.above,
+        one_cell=one.above * last.slope + last.start + shift,
+    )
+
+
+def _down(x: float) -> float:
+    as_float = torch.tensor(x, dtype=torch.float32, device="cpu")
+    below = torch.nextafter(as_float, torch.tensor(-math.inf, device="cpu"))
+    return (below if as_float.item() > x else as_float).item()
+
+
+#: By signedness.
+LOGARITHMIC = {signed: _logarithmic(signed) for signed in (True, False)}

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bnb_compile.ops.arena import layout
-from bnb_compile.ops.step import Modes, StepOp
+from bnb_compile.formats import layout
+from bnb_compile.ops.operator import Arguments, Modes, StepOp
 from bnb_compile.rules import RMSPROP
 
 #: Tensors with values in another than row-major order, or with gaps between them.
@@ -52,7 +52,7 @@ OF_RULE = {"ademamix": {"alpha": (2.0, 8.0)}}
 OF_RULE |= {rule.name: {"eps": (1e-3, 1e-2)} for rule in RMSPROP.values()}
 
 #: What a step with all its options is compiled for.
-EVERYTHING = Modes(scaled=True, trust=True, skip_zeros=True, block_wise=False)
+EVERYTHING = Modes(grad_scale=True, max_unorm=True, skip_zeros=True, block_wise=False)
 
 
 class Bucket(NamedTuple):
@@ -78,9 +78,9 @@ class Bucket(NamedTuple):
         """Call an operator, or a function of the same arguments."""
         return function(*self.arguments, **self.options)
 
-    def launch(self, kind: type, op: StepOp) -> None:
-        """Step by a CompiledStep or a TritonStep."""
-        kind(op, self.params, self.arenas, self.step, self.hyper, **self.options)(self.grads)
+    def launch(self, launcher: type, op: StepOp) -> None:
+        """Step by a Launcher."""
+        launcher(op, Arguments.of(self.arguments, self.options))(self.grads)
 
 
 def make(
@@ -117,30 +117,34 @@ def make(
             grads = [torch.where(torch.rand(g.shape) < 0.2, 0.0, g).to(g.dtype) for g in grads]
     places = layout(p.numel() for p in params)
     arenas = []
-    for (name, _), size in zip(op.arenas, op.arena_sizes(places)):
-        state, _, part = name.rpartition("_") if op.bits == 8 else (name, "", "")
-        (signed,) = (s.signed for s in op.rule.states if s.name == state)
-        if part == "codes":
-            arena = torch.randint(0, 256, (size,), dtype=torch.uint8)
+    for arena, shape in zip(op.arenas, op.shapes(places)):
+        if arena.part.dtype == torch.uint8:
+            x = torch.randint(0, 256, shape, dtype=torch.uint8)
         else:
-            arena = 0.1 * torch.rand(size) ** (1 if signed else 4)
-            if op.bits == 32 and signed:
-                arena *= torch.randn(size).sign()
-        arenas.append(arena.zero_() if first else arena)
+            x = 0.1 * torch.rand(shape)
+            for row, stored in zip(x, (s for s in op.stored if arena.name.startswith(s.format.name))):
+                if op.rule.states[stored.states[0]].nonnegative:
+                    row.pow_(4)
+                elif arena.part.per == 1:
+                    row.mul_(torch.randn(shape[1]).sign())
+            x = x.to(arena.part.dtype)
+        arenas.append(x.zero_() if first else x)
     n = len(params)
-    step = torch.zeros(n) if first else torch.randint(1, 1000, (n,)).float()
+    step = torch.zeros(n, dtype=torch.int64) if first else torch.randint(1, 1000, (n,))
     ranges = RANGES | OF_RULE.get(op.rule.name, {})
     columns = []
     for field in op.rule.hyper._fields:
         low, high = ranges[field]
         column = low + (high - low) * torch.rand(n, dtype=torch.float64)
         columns.append(column.round() if isinstance(high, int) else column.clamp(min=0))
-    options: dict[str, Any] = {"skip_zeros": modes.skip_zeros, "block_wise": modes.block_wise}
-    if modes.scaled:
+    flags = "skip_zeros", "block_wise", "stochastic_round"
+    options: dict[str, Any] = {name: getattr(modes, name) for name in flags}
+    if modes.grad_scale:
         options["grad_scale"] = 0.5 + torch.rand(n)
         if n >= 4:
             options["grad_scale"][-2:] = torch.tensor([math.nan, math.inf])
-    if modes.trust:
+    if modes.max_unorm:
+        options["unorm"] = torch.zeros(n)
         options["max_unorm"] = 0.1 * torch.rand(n)
         if n >= 4:
             options["max_unorm"][-3] = 0
@@ -213,12 +217,14 @@ def assert_close(op: StepOp, actual: Bucket, expected: Bucket, rate: float = 1e-
     for a, e in zip(actual.params, expected.params, strict=True):
         allowed = tolerance[e.dtype]
         torch.testing.assert_close(a, e, rtol=allowed, atol=1e-6 if e.dtype == torch.float32 else allowed)
-    for (name, dtype), a, e in zip(op.arenas, actual.arenas, expected.arenas, strict=True):
-        if dtype == torch.uint8:
+    for arena, a, e in zip(op.arenas, actual.arenas, expected.arenas, strict=True):
+        if arena.part.dtype == torch.uint8:
             apart = (a.int() - e.int()).abs()
-            assert apart.numel() == 0 or apart.max() <= 1, f"{name}: {apart.max()} codes apart"
-            assert apart.sum() <= max(2, rate * apart.numel()), f"{name}: {apart.sum()} codes differ"
+            assert apart.numel() == 0 or apart.max() <= 1, f"{arena.name}: {apart.max()} codes apart"
+            assert apart.sum() <= max(2, rate * apart.numel()), f"{arena.name}: {apart.sum()} codes differ"
         else:
-            largest = e.abs().max().item() if e.numel() else 0.0  # sums may cancel
-            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6 * largest)
+            for x, y in zip(a.float(), e.float()):
+                largest = y.abs().max().item() if y.numel() else 0.0  # sums may cancel
+                rtol = 1e-5 if arena.part.dtype == torch.float32 else tolerance[arena.part.dtype]
+                torch.testing.assert_close(x, y, rtol=rtol, atol=1e-6 * largest)
     assert torch.equal(actual.step, expected.step)

@@ -1,35 +1,21 @@
-"""An optimizer step, or a whole training step, as an artefact that runs without Python.
-
-`OptimizerStep` and `TrainStep` are modules whose buffers are the optimizer's own tensors. They go through
-``torch.export``, and `package` compiles them with AOTInductor into a file that `load` runs from Python and
-any program from C++ (examples/export has one).
-
-    step = TrainStep(model, loss_fn, optimizer)
-    package(step, "train.pt2", x, y)
-    run = load("train.pt2", step)           # or in C++: torch::inductor::AOTIModelPackageLoader
-    loss = run(step.hyper(), x, y)          # updates the parameters and the states of `step`
-
-`hyper` is a float64 tensor with a row for each param group, its columns named by `hyper_names`, so a schedule
-is fed from outside. What the artefact is for, names, shapes and dtypes, is in its metadata and checked.
-"""
+"""Steps as modules whose buffers are the optimizer's own tensors."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
-from .optim import Optimizer8bit
-from .optim.bucket import Bucket
-from .optim.clipping import gradient_factors
+from ..optim import Optimizer8bit
+from ..optim.clipping import gradient_factors
+from ..state.bucket import Bucket
+from ..version import VERSION
+from .spec import check_hyper, spec
 
 
 class _Part(nn.Module):
@@ -37,33 +23,44 @@ class _Part(nn.Module):
 
     step: Tensor
     gnorm: Tensor | None
+    percentile: Tensor | None
     max_unorm: Tensor | None
+    unorm: Tensor | None
     group_of: Tensor
     own_hyper: Tensor | None
     has_own: Tensor | None
 
     def __init__(self, bucket: Bucket, group_of: Sequence[int], own: Sequence[Sequence[bool]]) -> None:
         super().__init__()
-        self.op, self.percentile = bucket.op, bucket.percentile
-        self.options = bucket.options
-        for (name, _), arena in zip(bucket.op.arenas, bucket.arenas):
-            self.register_buffer(name, arena)
-        self.register_buffer("step", bucket.step)
-        self.register_buffer("gnorm", bucket.gnorm)
-        self.register_buffer("max_unorm", bucket.max_unorm)
+        self.op, self.modes = bucket.op, bucket.kind.modes
+        for arena, x in zip(bucket.op.arenas, bucket.arenas):
+            self.register_buffer(arena.name, x)
+        for name in ("step", "gnorm", "percentile", "max_unorm", "unorm"):
+            self.register_buffer(name, getattr(bucket, name))
         self.register_buffer("group_of", torch.tensor(group_of, device=bucket.device))
         # Hyperparameters that a GlobalOptimManager sets for a parameter do not follow its group.
         some = any(map(any, own))
-        self.register_buffer("own_hyper", bucket.hyper.clone() if some else None)
+        self.register_buffer("own_hyper", bucket.hyper.table.clone() if some else None)
         self.register_buffer("has_own", torch.tensor(own, device=bucket.device) if some else None)
 
     def update(self, params: list[Tensor], grads: list[Tensor], hyper: Tensor, factor: Tensor | None) -> None:
         rows = hyper.to(self.step.device)[self.group_of]
         if self.own_hyper is not None and self.has_own is not None:
             rows = torch.where(self.has_own, self.own_hyper, rows)
-        arenas = [getattr(self, name) for name, _ in self.op.arenas]
-        options = {**self.options, "grad_scale": factor, "max_unorm": self.max_unorm}
-        self.op.in_place(params, grads, *arenas, self.step, rows, **options)
+        arenas = [getattr(self, arena.name) for arena in self.op.arenas]
+        self.op.in_place(
+            params,
+            grads,
+            *arenas,
+            self.step,
+            rows,
+            grad_scale=factor,
+            max_unorm=self.max_unorm,
+            unorm=self.unorm,
+            skip_zeros=self.modes.skip_zeros,
+            block_wise=self.modes.block_wise,
+            stochastic_round=self.modes.stochastic_round,
+        )
 
 
 class OptimizerStep(nn.Module):
@@ -80,6 +77,7 @@ class OptimizerStep(nn.Module):
 
     optimizer: Optimizer8bit
     params_like: list[Tensor]
+    max_norm: Tensor | None
     hyper_names: tuple[str, ...]
 
     def __init__(self, optimizer: Optimizer8bit, names: Sequence[str] | None = None) -> None:
@@ -97,27 +95,44 @@ class OptimizerStep(nn.Module):
         #: Names of the columns of `hyper`.
         self.hyper_names = optimizer.family.rule(optimizer.param_groups[0]).hyper._fields
         self.max_grad_norm = optimizer.max_grad_norm
+        limit = None if self.max_grad_norm is None else torch.tensor(float(self.max_grad_norm))
+        self.register_buffer("max_norm", limit)
+        # Not by attribute: a module would take a parameter for its own.
         self.__dict__["optimizer"] = optimizer
         self.__dict__["params_like"] = [params[k] for k in updated]
         index = {id(params[k]): i for i, k in enumerate(updated)}
         groups = optimizer.param_groups
         group_of = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
         own = {id(p): _own_columns(optimizer, groups[group_of[id(p)]], p) for p in self.params_like}
-        self.members = [[index[id(p)] for p in bucket.params] for bucket in optimizer._buckets]
+        self.members = [[index[id(p)] for p in bucket.params] for bucket in optimizer.structure.buckets]
         self.parts = nn.ModuleList(
             _Part(
                 bucket,
                 [group_of[id(p)] for p in bucket.params],
                 [own[id(p)] for p in bucket.params],
             )
-            for bucket in optimizer._buckets
+            for bucket in optimizer.structure.buckets
         )
 
     def hyper(self) -> Tensor:
         """The optimizer's hyperparameters now: (groups, columns) float64."""
+        self.check_current()
         groups = self.optimizer.param_groups
         rows = [[float(value) for value in self.optimizer.family.hyper(group)] for group in groups]
         return torch.tensor(rows, dtype=torch.float64)
+
+    def check_current(self) -> None:
+        """Raise if the optimizer no longer has the states that the buffers are.
+
+        Raises:
+            ValueError: If its structure has changed.
+        """
+        own = [part.step.data_ptr() for part in self.parts]  # type: ignore[union-attr,operator]
+        if own != [bucket.step.data_ptr() for bucket in self.optimizer.structure.buckets]:
+            raise ValueError(
+                "the optimizer has formed other buckets since this step was made from it (parameters, groups or "
+                "options have changed): make another step"
+            )
 
     def forward(self, params: list[Tensor], grads: list[Tensor], hyper: Tensor) -> tuple[()]:
         """Update `params` and the buffers.
@@ -130,16 +145,17 @@ class OptimizerStep(nn.Module):
         Raises:
             ValueError: If a parameter or a gradient is missing or of another shape or dtype, or `hyper` is.
         """
-        self._check(params, grads, hyper)
+        self.check(params, grads, hyper)
         with torch.no_grad():
             of_parts = [[grads[i] for i in members] for members in self.members]
             parts: list[Any] = list(self.parts)
-            factors = gradient_factors(parts, of_parts, None, self.max_grad_norm)
+            factors = gradient_factors(parts, of_parts, None, self.max_norm)
             for part, members, own, factor in zip(parts, self.members, of_parts, factors):
                 part.update([params[i] for i in members], own, hyper, factor)
         return ()
 
-    def _check(self, params: Sequence[Tensor], grads: Sequence[Tensor], hyper: Tensor) -> None:
+    def check(self, params: Sequence[Tensor], grads: Sequence[Tensor], hyper: Tensor) -> None:
+        """Raise ValueError if an argument of `forward` is not as it must be."""
         for what, tensors in (("params", params), ("grads", grads)):
             if len(tensors) != len(self.param_names):
                 raise ValueError(
@@ -147,8 +163,8 @@ class OptimizerStep(nn.Module):
                 )
             for name, like, x in zip(self.param_names, self.params_like, tensors):
                 if x.shape != like.shape or (what == "params" and x.dtype != like.dtype):
-                    raise ValueError(f"{what}: {name} is {_spec(x)}, must be {_spec(like)}")
-        _check_hyper(hyper, self.groups, self.hyper_names)
+                    raise ValueError(f"{what}: {name} is {spec(x)}, must be {spec(like)}")
+        check_hyper(hyper, self.groups, self.hyper_names)
 
     def inputs(self) -> tuple[Any, ...]:
         """Arguments to export with: parameters and gradients of zeros, and `hyper`."""
@@ -164,16 +180,15 @@ class OptimizerStep(nn.Module):
         parts: list[Any] = list(self.parts)
         return {
             "kind": type(self).__name__,
-            "bnb_compile": version("bnb_compile"),
+            "bnb_compile": VERSION,
             "torch": torch.__version__.split("+")[0],
-            "params": {name: _spec(x) for name, x in zip(self.param_names, self.params_like)},
-            "tensors": {name: _spec(x) for name, x in self.named_buffers()},
+            "params": {name: spec(x) for name, x in zip(self.param_names, self.params_like)},
+            "tensors": {name: spec(x) for name, x in self.named_buffers()},
             "buckets": [
                 {
                     "op": part.op.name,
                     "params": [self.param_names[i] for i in members],
-                    "percentile_clipping": part.percentile,
-                    **{name: option for name, option in part.options.items() if isinstance(option, bool)},
+                    **part.modes._asdict(),
                 }
                 for part, members in zip(parts, self.members)
             ],
@@ -214,7 +229,20 @@ class TrainStep(nn.Module):
 
     def hyper(self) -> Tensor:
         """The optimizer's hyperparameters now: (groups, columns) float64."""
+        self.check_current()
         return self.step.hyper()
+
+    def check_current(self) -> None:
+        """Raise if the model or the optimizer no longer has the tensors that the buffers are.
+
+        Raises:
+            ValueError: If one was replaced.
+        """
+        self.step.check_current()
+        now = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        for name, x in self.tensors(self).items():
+            if name not in now or now[name].data_ptr() != x.data_ptr() or now[name].shape != x.shape:
+                raise ValueError(f"{name} was replaced since this step was made from it: make another step")
 
     def tensors(self, buffers: nn.Module) -> dict[str, Tensor]:
         """The model's parameters and buffers by name, from the buffers of a module."""
@@ -237,7 +265,7 @@ class TrainStep(nn.Module):
         Raises:
             ValueError: If `hyper` is not (groups, columns) float64.
         """
-        _check_hyper(hyper, self.step.groups, self.step.hyper_names)
+        check_hyper(hyper, self.step.groups, self.step.hyper_names)
         tensors = self.tensors(self)
         loss, grads = self._loss_and_grads(tensors, batch)
         self.step([tensors[name] for name in self.trained], grads, hyper)
@@ -250,7 +278,7 @@ class TrainStep(nn.Module):
             batch: An example.
             dynamic: Whether the first dimension of each tensor of a batch may have any size.
         """
-        batch = _without_views(batch)
+        batch = without_views(batch)
 
         # torch.export does not trace autograd, so the graph of loss and gradients is made first.
         def loss_and_grads(tensors: dict[str, Tensor], batch: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -267,7 +295,7 @@ class TrainStep(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """What `package` writes into the artefact's metadata."""
-        tensors = {name: _spec(x) for name, x in self.named_buffers()}
+        tensors = {name: spec(x) for name, x in self.named_buffers()}
         own = {"kind": "TrainStep", "tensors": tensors, "model": self.model_names}
         return {**self.step.describe(), **own}
 
@@ -291,155 +319,16 @@ class _Traced(nn.Module):
         return loss
 
 
-Step = OptimizerStep | TrainStep
-
-
-def package(step: Step, path: str, *batch: Tensor, dynamic: bool = True) -> str:
-    """Compile a step with AOTInductor.
-
-    Args:
-        step: What to compile.
-        path: Of the file to write, ending in ".pt2".
-        batch: An example, for a `TrainStep`.
-        dynamic: Whether the batch's size, the first dimension of all its tensors, may be any.
-
-    Returns:
-        str: The file's path.
-
-    Raises:
-        ValueError: If tensors of `batch` have several sizes, although it is `dynamic`.
-    """
-    if isinstance(step, TrainStep):
-        batch = _without_views(batch)
-        sizes = {x.shape[0] for x in batch if x.dim()}
-        if dynamic and len(sizes) > 1:
-            raise ValueError(f"a batch of sizes {sorted(sizes)}, must be one size with {dynamic=}")
-        program = step.export(*batch, dynamic=dynamic)
-        inputs = {"hyper": _spec(step.hyper())}
-        inputs |= {f"batch[{k}]": _spec(x, dynamic and x.dim() > 0) for k, x in enumerate(batch)}
-    else:
-        program = step.export()
-        params, grads, hyper = step.inputs()
-        inputs = {f"params: {name}": _spec(x) for name, x in zip(step.param_names, params)}
-        inputs |= {f"grads: {name}": _spec(x) for name, x in zip(step.param_names, grads)}
-        inputs["hyper"] = _spec(hyper)
-    description = {**step.describe(), "inputs": inputs}
-    config = {
-        "aot_inductor.metadata": {
-            "bnb_compile": json.dumps(description),
-            # The same in lines, for a program without a reader of JSON.
-            "bnb_compile.kind": description["kind"],
-            "bnb_compile.version": description["bnb_compile"],
-            **{f"bnb_compile.{key}": _lines(description[key]) for key in ("inputs", "tensors")},
-        },
-        # Otherwise a small or uniform buffer is taken for a constant although it is updated (torch 2.13).
-        "always_keep_tensor_constants": True,
-        "joint_graph_constant_folding": False,
-    }
-    return torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=config)
-
-
-class Package:
-    """A compiled step, bound to the tensors of a `OptimizerStep` or `TrainStep`; see `load`."""
-
-    def __init__(self, path: str, step: Step) -> None:
-        self._model = torch._inductor.aoti_load_package(path)
-        metadata = self._model.get_metadata()
-        if "bnb_compile" not in metadata:
-            raise ValueError(f"{path} is not a package of bnb_compile")
-        #: What the artefact was compiled for.
-        self.description: dict[str, Any] = json.loads(metadata["bnb_compile"])
-        self._step = step
-        expected, found = step.describe(), self.description
-        for key in expected:
-            if key != "torch" and json.dumps(expected[key]) != json.dumps(found[key]):
-                raise ValueError(f"{path} was compiled for another step: {_difference(key, found, expected)}")
-        buffers = dict(step.named_buffers())
-        # The step's own tensors, so that Python sees what the artefact writes.
-        own = {name: buffers[name] for name in self._model.get_constant_fqns()}
-        self._model.load_constants(own, check_full_update=True, user_managed=True)
-
-    def __call__(self, *args: Any) -> Any:
-        """Run it, with the arguments of the module's ``forward``.
-
-        Raises:
-            ValueError: If an argument is missing, or of another shape, dtype or layout than compiled for.
-        """
-        if isinstance(self._step, OptimizerStep):
-            self._step._check(*args)
-        inputs, expected = pytree.tree_leaves(args), self.description["inputs"]
-        if len(inputs) != len(expected):
-            raise ValueError(f"{len(inputs)} inputs, must be {len(expected)}: {', '.join(expected)}")
-        batch: dict[str, int] = {}
-        for x, (name, spec) in zip(inputs, expected.items()):
-            found = _spec(x, "*" in spec)
-            if found != spec:
-                raise ValueError(f"{name} is {found}, must be {spec}")
-            if "*" in spec:
-                batch[name] = len(x)
-        if len(set(batch.values())) > 1:
-            raise ValueError(f"a batch of sizes {batch}, must be one size")
-        loss = self._model(*args)
-        return () if isinstance(self._step, OptimizerStep) else loss
-
-
-def load(path: str, step: Step) -> Package:
-    """Load a compiled step, to run it on the parameters and states of `step`.
-
-    Args:
-        path: What `package` wrote.
-        step: Of the same structure as what was compiled; its tensors are read and updated.
-
-    Raises:
-        ValueError: If the artefact was compiled for something else: it says what differs.
-    """
-    return Package(path, step)
-
-
-def _check_hyper(hyper: Tensor, groups: int, names: Sequence[str]) -> None:
-    if tuple(hyper.shape) != (groups, len(names)) or hyper.dtype != torch.float64:
-        raise ValueError(
-            f"hyper is {_spec(hyper)}, must be float64[{groups},{len(names)}]: for each param group "
-            f"{', '.join(names)}"
-        )
-
-
 def _own_columns(optimizer: Optimizer8bit, group: dict[str, Any], param: Tensor) -> list[bool]:
     """Which columns of `hyper` a GlobalOptimManager sets for a parameter."""
     family = optimizer.family
-    override = optimizer._overrides.get(id(param), {})
-    keys = {"betas" if key in family.beta_names else key for key in override} & group.keys()
-    marked = {key: (math.nan,) * family.betas if key == "betas" else math.nan for key in keys}
+    override = optimizer.overrides.get(id(param), {})
+    keys = {"betas" if key in family.betas else key for key in override} & group.keys()
+    marked = {key: (math.nan,) * len(family.betas) if key == "betas" else math.nan for key in keys}
     return [math.isnan(value) for value in family.hyper({**group, **marked})]
 
 
-def _without_views(batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def without_views(batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copies, because with an example that is a view torch.export (2.13) guards on its base."""
     # With an example that is a view, torch.export (2.13) guards on the base, which fake tensors do not have.
     return tuple(x.clone() for x in batch)
-
-
-def _spec(x: Tensor, any_size: bool = False) -> str:
-    """Dtype and shape, and strides if not contiguous: ``float32[*,3,8,8]:[192,1,24,3]``.
-
-    Args:
-        x: The tensor.
-        any_size: Whether the first dimension is written as ``*``.
-    """
-    sizes = ["*" if any_size and k == 0 else str(n) for k, n in enumerate(x.shape)]
-    strides = "" if x.is_contiguous() else f":[{','.join(map(str, x.stride()))}]"
-    return f"{str(x.dtype).removeprefix('torch.')}[{','.join(sizes)}]{strides}"
-
-
-def _lines(specs: dict[str, str]) -> str:
-    return "\n".join(f"{spec} {name}" for name, spec in specs.items())
-
-
-def _difference(key: str, found: dict[str, Any], expected: dict[str, Any]) -> str:
-    theirs, ours = found[key], expected[key]
-    if not isinstance(ours, dict):
-        return f"{key} is {theirs}, here it is {ours}"
-    for name in (*theirs, *ours):
-        there, here = theirs.get(name, "missing"), ours.get(name, "missing")
-        if there != here:
-            return f"{key}: {name} is {there}, here it is {here}"
-    return f"the order of {key} is {list(theirs)}, here it is {list(ours)}"

@@ -170,8 +170,8 @@ def emit(
     from torch._inductor import config as inductor_config
     from torch._inductor import graph
 
-    import bnb_compile.lowering.triton as triton_lowering
     from bnb_compile.lowering import _inductor
+    from bnb_compile.lowering.triton import source as triton_source
 
     sources: list[str] = []
     constants.clear()
@@ -197,7 +197,7 @@ def emit(
         with (
             mock.patch.object(graph.GraphLowering, "compile_to_module", keep),
             mock.patch.object(_inductor, "constant", _fake_constant),
-            mock.patch.object(triton_lowering, "has_fast_instructions", lambda device: fast),
+            mock.patch.object(triton_source, "has_fast_instructions", lambda device: fast),
             inductor_config.patch(fx_graph_cache=False, **config),
         ):
             try:

@@ -1,8 +1,8 @@
-// The dynamic map on vectors of floats: 256 codes of a block to floats and back.
+// formats/dynamic8.py on vectors of floats: the 256 codes of a block to floats and back.
 //
 // Printed before this text: struct Map<SIGNED> with
 //   VALUES[256]                    what each code stands for
-//   cell(a)                        trace_cell of printer.py: the number of a magnitude's cell
+//   cell(a)                        the number of a magnitude's cell, traced from formats/codebook.py
 // and for AVX-512 the same map as tables that fit into registers, indexed by exponent bits:
 //   SLOPE[16], START[16]           decode, by the binade of 2*cell + 1
 //   ABOVE[32], PER_UNIT[32], FIRST[32]   encode, by the binade of the magnitude
@@ -50,7 +50,7 @@ struct Codec {
     // The cell, with the sign of x.
     inline __m512i operator()(__m512 x) const {
       // 2^-30 is far below the first threshold and still in the tables. Without a sign a number above 0 is not
-      // rounded to 0 (quantize_state in ops/step.py), so all others are encoded as the smallest there is.
+      // rounded to 0 (codebook.never_zero), so everything smaller is encoded as the smallest value.
       const __m512 tiny = _mm512_set1_ps(SIGNED ? 0x1p-30f : M::VALUES[1]);
       constexpr int LARGER_MAGNITUDE = 0b1011;
       const __m512 a =
@@ -60,7 +60,8 @@ struct Codec {
       binade = _mm512_mask_add_epi32(binade, over, binade, _mm512_set1_epi32(1));
       const __m512 start = look_up(first, binade);
       const __m512 position = _mm512_fmadd_ps(a, look_up(per_unit, binade), start);
-      // A decade's last cell is 9/4 start - 1 (+ 5/4 in the unsigned map); the half is for rounding.
+      // A decade's last cell is 9/4 start - 1 (+ 5/4 in the unsigned map); a half more keeps rounding from
+      // ending one cell before it.
       const __m512 end = _mm512_fmadd_ps(
           start, _mm512_set1_ps(2.25f), _mm512_set1_ps(SIGNED ? -0.5f : 0.75f));
       __m512 cell = _mm512_min_ps(position, end);
@@ -69,7 +70,8 @@ struct Codec {
         cell = _mm512_or_ps(cell, sign);
       }
       const __m512i code = _mm512_cvttps_epi32(cell);
-      // As integers, floats above 0 are larger than any code.
+      // The other half of never_zero: 0 itself must become code 0 again. The bits of a float above 0, as an
+      // integer, are larger than any code; those of 0 are 0.
       return SIGNED ? code : _mm512_min_epi32(code, _mm512_castps_si512(x));
     }
   };
@@ -112,4 +114,55 @@ struct Codec {
     }
   }
 #endif
+};
+
+// One state: codes, and one scale for each block.
+template <bool SIGNED>
+struct Dynamic8 {
+  static constexpr int STATES = 1;
+  uint8_t* codes;
+  float* absmax;
+
+  struct Buffer {
+    Staged<uint8_t> staged;
+    alignas(64) float fresh[BLOCK];
+  };
+
+  // The buffer is elsewhere, so that the members can live in registers.
+  struct Block {
+    using C = Codec<SIGNED>;
+    const C codec{};
+    uint8_t* const codes;
+    float* const fresh;
+    const V scale;
+    V high{0.f};  // largest magnitudes
+
+    Block(const Dynamic8& rows, Buffer& buffer, int64_t first, int64_t block, int count)
+        : codes(buffer.staged.in(rows.codes + first, nullptr, 0, count, C::ZERO)),
+          fresh(buffer.fresh),
+          scale(rows.absmax[block]) {}
+    inline void decode(int i, V* state) const {
+      state[0] = codec.decode(codes + i) * scale;
+    }
+    inline void measure(const V* state) {
+      high = at::vec::clamp_min(high, SIGNED ? state[0].abs() : state[0]);
+    }
+    inline void found(float* whole) const {
+      whole[0] = largest(high);
+    }
+    inline void keep(int i, const V* state) {
+      state[0].store(fresh + i);
+      if constexpr (BLOCK_WISE) measure(state);
+    }
+    void out(
+        const Dynamic8& rows, Buffer& buffer, int64_t first, int64_t block, int count,
+        const float* whole) {
+      float absmax = BLOCK_WISE ? largest(high) : whole[0];
+      if (absmax < std::numeric_limits<float>::min()) absmax = 0.f;  // as formats/dynamic8.py
+      absmax = std::min(absmax, std::numeric_limits<float>::max());
+      rows.absmax[block] = absmax;
+      C::encode(fresh, absmax > 0.f ? 1.f / absmax : 0.f, codes);
+      buffer.staged.out(rows.codes + first, nullptr, 0, count);
+    }
+  };
 };

@@ -1,0 +1,210 @@
+"""bitsandbytes' 8 bits: codes of the dynamic map, and one scale for each block of elements.
+
+"8-bit Optimizers via Block-wise Quantization", Dettmers et al., https://arxiv.org/abs/2110.02861. A state that
+is never negative has the unsigned map, which is twice as fine.
+
+What non-finite and vanishing values do:
+
+- A block that holds a NaN or an infinity has it as its absmax, the code of zero everywhere, and
+  decodes to NaN everywhere (to an infinity with a table that has no exact zero): nothing non-finite turns
+  into a number.
+- A block whose largest magnitude is below 2**-126 (the smallest normal float32) counts as zero:
+  absmax 0, and it decodes to exactly 0.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..rules import State
+from . import codebook
+from .arena import BLOCK, Part
+from .format import AbstractFormat, Stored, check_dense, check_finite
+
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+_OLD_BLOCK = 2048  # of bitsandbytes before 0.44
+
+
+class DynamicMap(NamedTuple):
+    """The two tables that quantise with and decode the dynamic map, on one device."""
+
+    signed: bool
+    values: Tensor  # (256,) float32, by code
+    outward: Tensor  # (256,) or (257,) float32, see codebook.outward_bounds
+
+
+#: Made here, because no tensor can be made while something traces.
+_ON_CPU = {
+    signed: DynamicMap(signed, codebook.create_dynamic_map(signed), codebook.outward_bounds(signed))
+    for signed in (True, False)
+}
+
+
+@functools.cache
+def _on_device(signed: bool, device: torch.device) -> DynamicMap:
+    return _to(device, signed)
+
+
+def _to(device: torch.device, signed: bool) -> DynamicMap:
+    _, values, outward = _ON_CPU[signed]
+    return DynamicMap(signed, values.to(device), outward.to(device))
+
+
+def dynamic_map(signed: bool, device: torch.device) -> DynamicMap:
+    """The dynamic map's tables on a device; made once for each device."""
+    # A stand-in must not be kept.
+    return _to(device, signed) if backends.replaces_tensors() else _on_device(signed, device)
+
+
+def _spread(scales: Tensor, numel: int, block_size: int) -> Tensor:
+    """The scale of each element."""
+    if numel % block_size == 0:
+        return scales[:, None].expand(-1, block_size).reshape(-1)
+    # (2 i + 1) // (2 b) is i // b. Inductor's C++ backend splits a loop over i at a division of i itself,
+    # and then leaves out the last, partial block (CppScheduling.try_loop_split, torch 2.13).
+    element = torch.arange(numel, device=scales.device)
+    return scales[(2 * element + 1) // (2 * block_size)]
+
+
+def quantize(x: Tensor, code: DynamicMap | Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """`quantize_blockwise` as plain torch code; `code` is the dynamic map or a table of values."""
+    flat = x.reshape(-1).float()
+    numel, count = flat.numel(), -(-flat.numel() // block_size)
+    blocks = torch.nn.functional.pad(flat, (0, count * block_size - numel))
+    absmax = blocks.view(count, block_size).abs().amax(1)
+    absmax = torch.where(absmax < SMALLEST_NORMAL, 0.0, absmax)
+    normalised = flat / _spread(torch.where(absmax == 0, 1.0, absmax), numel, block_size)
+    if isinstance(code, DynamicMap):
+        codes = codebook.nearest(normalised, code.signed, code.outward)
+    else:
+        # NaN compares false with every bound and would get the last code; map it to zero.
+        normalised = torch.where(normalised.isnan(), 0.0, normalised)
+        codes = torch.bucketize(normalised, codebook.bounds(code)).to(torch.uint8)
+    return codes.view(x.shape), absmax
+
+
+def dequantize(codes: Tensor, absmax: Tensor, values: Tensor, block_size: int) -> Tensor:
+    """`dequantize_blockwise` as plain torch code, to float32."""
+    flat = codes.reshape(-1)
+    value = values[flat.int()] * _spread(absmax, flat.numel(), block_size)
+    return value.view(codes.shape)
+
+
+class Dynamic8(AbstractFormat):
+    """One state as codes of the dynamic map.
+
+    Args:
+        signed: Whether the state can be negative, and so has the signed map.
+    """
+
+    name = "dynamic8"
+    parts = (Part("codes", torch.uint8), Part("absmax", torch.float32, per=BLOCK))
+    keys = ("state", "qmap", "absmax", "max")
+
+    def __init__(self, signed: bool) -> None:
+        self.signed = signed
+
+    def load(self, parts: Mapping[str, Tensor]) -> list[Tensor]:
+        """See `AbstractFormat`."""
+        codes, absmax = parts["codes"], parts["absmax"]
+        return [dequantize(codes, absmax, dynamic_map(self.signed, codes.device).values, BLOCK)]
+
+    def store(self, values: Sequence[Tensor], block: int = BLOCK) -> dict[str, Tensor]:
+        """See `AbstractFormat`; the nearest code, but `codebook.never_zero` for an unsigned state."""
+        (x,) = values
+        codes, absmax = quantize(x, dynamic_map(self.signed, x.device), block)
+        absmax = absmax.repeat_interleave(max(block // BLOCK, 1))[: -(-x.numel() // BLOCK)]
+        if not self.signed:
+            scales = absmax.repeat_interleave(BLOCK)[: x.numel()]
+            codes = codebook.never_zero(codes, torch.where(scales > 0, x, 0.0))
+        return {"codes": codes, "absmax": absmax}
+
+    def entries(self, parts: Mapping[str, Tensor], number: int, shape: torch.Size) -> dict[str, Tensor]:
+        """See `AbstractFormat`."""
+        codes, absmax = parts["codes"], parts["absmax"]
+        return {
+            f"state{number}": codes.view(shape),
+            f"qmap{number}": dynamic_map(self.signed, codes.device).values,
+            f"absmax{number}": absmax,
+        }
+
+    def parts_of(self, saved: Mapping[str, Any], number: int, numel: int) -> dict[str, Tensor] | None:
+        """See `AbstractFormat`."""
+        found = _blockwise(saved, number, numel, self.signed)
+        if found is None or found.block != BLOCK or found.signed != self.signed:
+            return None
+        return {"codes": found.codes, "absmax": found.absmax}
+
+    def decode_saved(self, saved: Mapping[str, Any], number: int, numel: int) -> list[Tensor] | None:
+        """See `AbstractFormat`; reads either map, and blocks of 2048 elements."""
+        found = _blockwise(saved, number, numel, self.signed)
+        if found is None:
+            return None
+        values = dynamic_map(found.signed, found.codes.device).values
+        return [dequantize(found.codes, found.absmax, values, found.block)]
+
+
+class _Blockwise(NamedTuple):
+    codes: Tensor
+    absmax: Tensor
+    signed: bool
+    block: int
+
+
+def _blockwise(saved: Mapping[str, Any], number: int, numel: int, expected: bool) -> _Blockwise | None:
+    """A state of a checkpoint as bitsandbytes writes it, checked; None if it is no uint8 tensor.
+
+    Args:
+        saved: The entry.
+        number: Of the state in its keys.
+        numel: Of the parameter.
+        expected: Whether its map should be the signed one, which a tensor without values is taken to be.
+    """
+    codes = check_dense(f"state{number}", saved.get(f"state{number}"))
+    if codes.dtype != torch.uint8:
+        return None
+    counts = {-(-numel // size): size for size in (_OLD_BLOCK, BLOCK)}
+    name = f"absmax{number}"
+    if name in saved or f"max{number}" not in saved:
+        absmax = check_dense(name, saved.get(name))
+    else:  # bitsandbytes up to 0.49 with block_wise=False
+        name = f"max{number}"
+        absmax = check_dense(name, saved[name])
+        absmax = absmax.expand(-(-numel // BLOCK)) if absmax.numel() == 1 else absmax
+    if absmax.dim() != 1 or len(absmax) not in counts:
+        raise ValueError(
+            f"{name} has shape {tuple(absmax.shape)}, must be a scale for each of "
+            f"{' or '.join(f'{count} blocks of {size}' for count, size in counts.items())}"
+        )
+    absmax = check_finite(name, absmax)
+    signed, qmap = expected, check_dense(f"qmap{number}", saved.get(f"qmap{number}"))
+    if not backends.replaces_tensors():
+        if bool((absmax < 0).any()):
+            raise ValueError(f"{name} has negative scales, the least is {absmax.min().item()}")
+        signed = _which_map(qmap, f"qmap{number}")
+    return _Blockwise(codes.reshape(-1), absmax, signed, counts[len(absmax)])
+
+
+def _which_map(qmap: Tensor, name: str) -> bool:
+    for signed in (True, False):
+        values = dynamic_map(signed, qmap.device).values
+        if qmap.shape == values.shape and torch.allclose(qmap.float(), values, rtol=0, atol=1e-6):
+            return signed
+    raise ValueError(
+        f"{name}, shape {tuple(qmap.shape)}, is not a dynamic map, neither the signed nor the unsigned one: it "
+        f"begins with {qmap.flatten()[:3].tolist()}"
+    )
+
+
+SIGNED, UNSIGNED = Dynamic8(signed=True), Dynamic8(signed=False)
+
+
+def choose(states: Sequence[State]) -> tuple[Stored, ...]:
+    """The format of each state of a rule."""
+    return tuple(Stored(UNSIGNED if s.nonnegative else SIGNED, (k,)) for k, s in enumerate(states))

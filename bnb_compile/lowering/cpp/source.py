@@ -1,0 +1,177 @@
+"""The step as C++: the printed rule and formats between the hand-written headers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from ...formats import BLOCK
+from ...ops.operator import Modes, Options, StepOp, kernel_arguments
+from ...ops.step import GRAD_LIMIT
+from ...rules.trace import trace_round_bits, trace_rule, trace_trust_ratio
+from ..dialects import C_DOUBLE, C_INTEGERS, C_VECTOR
+from ..printer import write
+from . import formats
+from .formats import TYPES, header
+
+
+def _indented(lines: Sequence[str]) -> list[str]:
+    return [f"    {line}" for line in lines]
+
+
+def print_rule(op: StepOp) -> str:
+    """The rule as the struct that step.h is written for."""
+    rule, order = op.rule, formats.state_order(op)
+    hyper, states = rule.hyper._fields, [state.name for state in rule.states]
+    traced = trace_rule(rule)
+    names = traced.scalar_names
+    scalar_lines, scalars = write(traced.scalars, [*hyper, "step"], C_DOUBLE)
+
+    def function(graph: torch.fx.Graph, result: str) -> list[str]:
+        named = [f"const V {state} = state[{k}];" for state, k in zip(states, order)]
+        named += [f"const V {name} = s[{k}];" for k, name in enumerate(names)]
+        lines, (value, *fresh) = write(graph, ["param", "grad", *states, *names], C_VECTOR)
+        kept = [f"state[{k}] = {state};" for k, state in zip(order, fresh)]
+        return _indented([*named, *lines, f"{result} = {value};", *kept])
+
+    return "\n".join(
+        [
+            "struct Rule {",
+            f"  static constexpr int STATES = {len(states)}, HYPER = {len(hyper)}, SCALARS = {len(names)};",
+            f"  static constexpr int STEP_SIZE = {names.index('step_size')}, UNIT = {names.index('unit')};",
+            "  static inline void scalars(const double* hyper, double step, float* out) {",
+            *_indented([f"const double {name} = hyper[{k}];" for k, name in enumerate(hyper)]),
+            *_indented(scalar_lines),
+            *_indented([f"out[{k}] = (float)({value});" for k, value in enumerate(scalars)]),
+            "  }",
+            "  static inline void update(V& param, const V& grad, V* state, const V* s) {",
+            *function(traced.update, "param"),
+            "  }",
+            "  static inline V direction(const V& param, const V& grad, V* state, const V* s) {",
+            *function(traced.direction, "const V direction"),
+            "    return direction;",
+            "  }",
+            "};",
+        ]
+    )
+
+
+def _print_modes(modes: Modes) -> str:
+    lines, (ratio,) = write(trace_trust_ratio(), ["max_unorm", "param_norm", "update_norm"], C_DOUBLE)
+    rounding, (rounded,) = write(trace_round_bits(), ["bits", "index", "step"], C_INTEGERS)
+    flags = {**modes._asdict(), "two_phases": modes.two_phases}
+    return "\n".join(
+        [
+            f"constexpr float GRAD_LIMIT = {GRAD_LIMIT!r}f;",
+            *(f"constexpr bool {name.upper()} = {str(on).lower()};" for name, on in flags.items()),
+            "inline double trust_ratio(double max_unorm, double param_norm, double update_norm) {",
+            *_indented([*lines, f"return {ratio};"]),
+            "}",
+            "inline I round_bits(const I& bits, const I& index, const I& step) {",
+            *_indented([*rounding, f"return {rounded};"]),
+            "}",
+        ]
+    )
+
+
+@functools.cache
+def _body(op: StepOp, modes: Modes) -> str:
+    return "\n".join(
+        [
+            _tensors(),
+            _print_modes(modes),
+            *formats.definitions(op),
+            print_rule(op),
+            header("step.h"),
+        ]
+    )
+
+
+def _tensors() -> str:
+    return f"constexpr int BLOCK = {BLOCK};\n{header('tensors.h')}"
+
+
+def state_arguments(op: StepOp, modes: Modes) -> dict[str, str]:
+    """Names and C++ types of the arguments after the parameters."""
+    written = {arena.name for arena in op.arenas} | {"step", *Options.written()}
+    return {
+        name: f"{'' if name in written else 'const '}{TYPES[dtype]}*"
+        for name, dtype in kernel_arguments(op, modes).items()
+    }
+
+
+def flat_strides(dims: Sequence[tuple[int, int]]) -> list[int]:
+    """Sizes and strides as tensors.h reads them: their number, the sizes, the strides."""
+    return [len(dims), *(n for n, _ in dims), *(s for _, s in dims)]
+
+
+def kernel(
+    op: StepOp,
+    modes: Modes,
+    name: str,
+    param_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    arguments: str,
+    rows: str,
+) -> str:
+    """Source of a kernel.
+
+    Args:
+        op: What it computes.
+        modes: What it is compiled for.
+        name: Of the function, and of the namespace of everything else.
+        param_dtype: Dtype of the parameters.
+        grad_dtype: Dtype of the gradients.
+        arguments: C++ parameters before those of `state_arguments`.
+        rows: Statements that leave ``const Parameter* rows``, ``int64_t count``, and the number of ``elements``
+            and ``blocks`` of the arenas, unless these are arguments.
+    """
+    declarations = [f"{type_} {argument}" for argument, type_ in state_arguments(op, modes).items()]
+    given = state_arguments(op, modes)
+    options = ", ".join(name if name in given else "nullptr" for name in Options.dtypes())
+    return _function(
+        name,
+        _body(op, modes),
+        ", ".join(filter(None, [arguments, *declarations])),
+        f"""{rows}
+  {formats.storage(op)}
+  update_bucket<{TYPES[param_dtype]}, {TYPES[grad_dtype]}>(
+      rows, count, storage, step, hyper, {options});""",
+    )
+
+
+def norms_kernel(name: str, dtype: torch.dtype, arguments: str, rows: str) -> str:
+    """Source of the kernel of tensor_norms.
+
+    Args:
+        name: As of `kernel`.
+        dtype: Dtype of the tensors.
+        arguments: C++ parameters before the last, ``float* out``.
+        rows: Statements that leave ``const Operand* rows`` and ``int64_t count``.
+    """
+    return _function(
+        name,
+        _tensors() + header("norms.h"),
+        f"{arguments}, float* out",
+        f"{rows}\n  norms<{TYPES[dtype]}>(rows, count, out);",
+    )
+
+
+def _function(name: str, parts: str, arguments: str, body: str) -> str:
+    # The prefix brings ATen's vectors only where there are vector instructions.
+    return f"""#include <torch/csrc/inductor/cpp_prefix.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <tuple>
+#include <utility>
+#include <vector>
+namespace {name}_parts {{
+{parts}
+}}
+extern "C" void {name}({arguments}) {{
+  using namespace {name}_parts;
+  {body}
+}}
+"""

@@ -1,0 +1,138 @@
+"""How each language writes the operations of `rules.trace`."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Dialect(NamedTuple):
+    """How a language writes arithmetic.
+
+    Attributes:
+        declare: Template of a statement, with fields ``name`` and ``value``.
+        constant: Writes a number.
+        operations: Template of each operation, with its operands as positional fields. `fma` (a*b + c)
+            and `fnma` (c - a*b) are used where they are given.
+    """
+
+    declare: str
+    constant: Callable[[float], str]
+    operations: dict[str, str]
+
+
+def _c_number(value: float, kind: str, suffix: str = "") -> str:
+    if math.isinf(value):
+        return f"{'-' if value < 0 else ''}std::numeric_limits<{kind}>::infinity()"
+    return f"{float(value)!r}{suffix}"
+
+
+def _c_double(value: float) -> str:
+    return _c_number(value, "double")
+
+
+def _c_float(value: float) -> str:
+    return f"V({_c_number(value, 'float', 'f')})"
+
+
+_COMPARISONS = {
+    op.__name__: f"({{}} {symbol} {{}})"
+    for op, symbol in (
+        (operator.gt, ">"),
+        (operator.ge, ">="),
+        (operator.lt, "<"),
+        (operator.le, "<="),
+        (operator.eq, "=="),
+    )
+}
+_ARITHMETIC = {
+    "add": "{} + {}",
+    "sub": "{} - {}",
+    "mul": "{} * {}",
+    "div": "{} / {}",
+    "reciprocal": "1.0 / {}",
+}
+_BITS = {"and": "{} & {}", "xor": "{} ^ {}", "shift": "({} >> {})"}
+
+#: Double-precision scalars.
+C_DOUBLE = Dialect(
+    "const double {name} = {value};",
+    _c_double,
+    _ARITHMETIC
+    | _COMPARISONS
+    | {
+        "neg": "-({})",
+        "abs": "std::abs({})",
+        "sqrt": "std::sqrt({})",
+        "rsqrt": "1.0 / std::sqrt({})",
+        "sign": "({0} > 0) - ({0} < 0)",
+        "floor": "std::floor({})",
+        "exp": "std::exp({})",
+        "log": "std::log({})",
+        "pow": "std::pow({}, {})",
+        "minimum": "std::min({}, {})",
+        "maximum": "std::max({}, {})",
+        "where": "{} ? {} : {}",
+    },
+)
+
+#: ``V``, a vector of floats of ATen's (ATen/cpu/vec).
+C_VECTOR = Dialect(
+    "const V {name} = {value};",
+    _c_float,
+    _ARITHMETIC
+    | _COMPARISONS
+    | {
+        "fma": "at::vec::fmadd({}, {}, {})",
+        "fnma": "at::vec::fnmadd({}, {}, {})",
+        "neg": "({}).neg()",
+        "abs": "({}).abs()",
+        "reciprocal": "({}).reciprocal()",
+        "sqrt": "({}).sqrt()",
+        "rsqrt": "({}).sqrt().reciprocal()",
+        "floor": "({}).floor()",
+        "sign": "V::blendv(V::blendv(V(0.f), V(1.f), {0} > V(0.f)), V(-1.f), {0} < V(0.f))",
+        "exp": "({}).exp()",
+        "log": "({}).log()",
+        "pow": "({}).pow({})",
+        "minimum": "at::vec::minimum({}, {})",
+        "maximum": "at::vec::maximum({}, {})",
+        "where": "V::blendv({2}, {1}, {0})",
+    },
+)
+
+#: ``I``, a vector of int32.
+C_INTEGERS = Dialect("const I {name} = {value};", lambda value: f"I({int(value)})", _ARITHMETIC | _BITS)
+
+#: Triton's int32.
+TRITON_INTEGERS = Dialect("{name} = {value}", lambda value: str(int(value)), _ARITHMETIC | _BITS)
+
+#: Triton; the kernels define ``div``, ``sqrt`` and FAST.
+TRITON = Dialect(
+    "{name} = {value}",
+    lambda value: "float('inf')" if value == math.inf else f"{float(value)!r}",
+    _ARITHMETIC
+    | _COMPARISONS
+    | {
+        "div": "div({}, {}, FAST)",
+        "neg": "-({})",
+        "abs": "tl.abs({})",
+        "sqrt": "sqrt({}, FAST)",
+        "rsqrt": "1.0 / sqrt({}, FAST)",
+        "floor": "tl.floor({})",
+        "sign": "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, 0.0))",
+        "exp": "tl.exp({})",
+        "log": "tl.log({})",
+        "pow": "tl.where({1} == 0, 1.0, tl.exp({1} * tl.log({0})))",
+        "minimum": "tl.minimum({}, {})",
+        "maximum": "tl.maximum({}, {})",
+        "where": "tl.where({}, {}, {})",
+    },
+)
+
+#: Triton in float64, for a rule's scalars.
+TRITON_DOUBLE = TRITON._replace(
+    operations=TRITON.operations | {"div": "{} / {}", "sqrt": "tl.sqrt({})", "rsqrt": "1.0 / tl.sqrt({})"}
+)

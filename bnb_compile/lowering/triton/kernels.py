@@ -1,0 +1,310 @@
+"""The kernels of a step and of tensor_norms, but for what a rule and its formats bring.
+
+`source` prints a function for each of these as the last argument of a program here, and an entry that passes the
+tensors on; an argument that an entry does not have is None. Arguments, for n parameters in the bucket:
+
+    addresses   (n, 2) int64, of the parameter and its gradient, which is 0 where there is none
+    rows        (n, 4) int64: elements, first element and first block in the arenas, first program
+    owner       (programs,) int32, the parameter of each program
+    strides     (n, 2, 2, DIMS) int64: sizes and strides of the parameter and of its gradient
+    arenas      tuple of the arenas' rows, then of the constant tables of the formats
+    scalars     (n, SCALARS) float32, the rule's
+    grad_scale  (n,) float32
+    step        (n,) int64
+    measured    (n, 1 + STATES) float32: the trust ratio, and what each state's format must know of a parameter
+    found       (programs, 2 + STATES) float32: sums of the squares of the direction and of the parameter, and
+                the largest of what a format must know
+
+How a step is parallelised: a program takes TILE blocks of BLOCK elements of one parameter, a warp one or more
+whole blocks, so that a block's maximum is a reduction inside a warp.
+"""
+
+import triton
+import triton.language as tl
+
+from ...formats import BLOCK as _BLOCK
+from ...ops.step import GRAD_LIMIT as _GRAD_LIMIT
+
+BLOCK = tl.constexpr(_BLOCK)
+GRAD_LIMIT = tl.constexpr(_GRAD_LIMIT)
+
+
+@triton.jit
+def place_of(i, strides, k, WHICH: tl.constexpr, DIMS: tl.constexpr):
+    """Where the elements `i` of a tensor are in memory; WHICH is 0 for the parameter, 1 for its gradient."""
+    if DIMS == 0:
+        place = i
+    else:
+        row = strides + (k * 2 + WHICH) * (2 * DIMS)
+        left = i
+        place = tl.zeros_like(i)
+        for d in tl.static_range(DIMS):
+            size = tl.load(row + (DIMS - 1 - d)).to(i.dtype)
+            place += left % size * tl.load(row + (2 * DIMS - 1 - d)).to(i.dtype)
+            left = left // size
+    return place
+
+
+@triton.jit
+def elements_of(pid, k, rows, TILE: tl.constexpr, ALIGNED: tl.constexpr, INDEX: tl.constexpr):
+    """The elements of a program, (TILE, BLOCK), its blocks, (TILE,), and which of both there are."""
+    numel = tl.load(rows + 4 * k).to(INDEX)
+    b = (pid - tl.load(rows + 4 * k + 3)).to(INDEX) * TILE + tl.arange(0, TILE)
+    i = b[:, None] * BLOCK + tl.max_contiguous(tl.arange(0, BLOCK), 8)[None, :]
+    if ALIGNED:
+        inside = i // 8 < numel // 8
+    else:
+        inside = i < numel
+    return i, b, inside, b * BLOCK < numel
+
+
+@triton.jit
+def load_grad(
+    address, place, inside, scale, GRAD: tl.constexpr, ALIGNED: tl.constexpr, SKIP_ZEROS: tl.constexpr
+):
+    """The gradient in float32, and where it is used; past the end it is not."""
+    pointer = address.to(tl.pointer_type(GRAD))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    grad = tl.load(pointer + place, inside, float("nan")).to(tl.float32)
+    if scale is not None:
+        grad = grad * scale
+    used = tl.abs(grad) < GRAD_LIMIT
+    if SKIP_ZEROS:
+        used = (grad != 0) & used
+    return grad, used
+
+
+@triton.jit
+def update_program(
+    k,
+    grad_address,
+    addresses,
+    rows,
+    strides,
+    arenas,
+    scalars,
+    step,
+    measured,
+    scale,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    TILE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DIMS: tl.constexpr,
+    INDEX: tl.constexpr,
+    SKIP_ZEROS: tl.constexpr,
+    BLOCK_WISE: tl.constexpr,
+    STATES: tl.constexpr,
+    load_scalars,
+    load_states,
+    update,
+    keep,
+    store_states,
+    round_bits,
+):
+    """Update the elements of this program, which are of parameter `k`, and its states."""
+    pid = tl.program_id(0)
+    i, b, inside, whole = elements_of(pid, k, rows, TILE, ALIGNED, INDEX)
+    offset = tl.multiple_of(tl.load(rows + 4 * k + 1), 16)
+    block = tl.load(rows + 4 * k + 2)
+    s = load_scalars(scalars, k)
+    grad, used = load_grad(
+        grad_address, place_of(i, strides, k, 1, DIMS), inside, scale, GRAD, ALIGNED, SKIP_ZEROS
+    )
+    pointer = tl.load(addresses + 2 * k).to(tl.pointer_type(PARAM))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    pointer = pointer + place_of(i, strides, k, 0, DIMS)
+    old_param = tl.load(pointer, inside, 0.0).to(tl.float32)
+    old = load_states(arenas, offset, i, block, b, inside, whole)
+    ratio = None
+    if measured is not None:
+        ratio = tl.load(measured + k * (1 + STATES))
+    param, fresh = update(old_param, grad, old, s, ratio)
+    if round_bits is not None:
+        bits = param.to(tl.int32, bitcast=True)
+        bits = round_bits(bits, (offset + i).to(tl.int32), tl.load(step + k).to(tl.int32))[0]
+        param = bits.to(tl.float32, bitcast=True)
+    param = tl.where(used, param, old_param)
+    fresh = keep(used, fresh, old)
+    tl.store(pointer, param.to(PARAM), inside)
+    if SKIP_ZEROS and BLOCK_WISE:
+        # Encoding a block anew may change it, so one without any gradient is left alone.
+        touched = tl.max(used.to(tl.int32), 1) > 0
+        whole = whole & touched
+        inside = inside & touched[:, None]
+    of_parameter = None
+    if not BLOCK_WISE:
+        of_parameter = measured + k * (1 + STATES) + 1
+    store_states(arenas, fresh, offset, i, block, b, inside, whole, of_parameter)
+
+
+@triton.jit
+def measure_program(
+    k,
+    grad_address,
+    addresses,
+    rows,
+    strides,
+    arenas,
+    scalars,
+    found,
+    scale,
+    FIRST: tl.constexpr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    TILE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DIMS: tl.constexpr,
+    INDEX: tl.constexpr,
+    SKIP_ZEROS: tl.constexpr,
+    STATES: tl.constexpr,
+    load_scalars,
+    load_states,
+    direction,
+    keep,
+    store_largest,
+):
+    """Find out what a step must know of whole parameters, of this program's elements; FIRST is the launch's row."""
+    pid = tl.program_id(0)
+    i, b, inside, whole = elements_of(pid, k, rows, TILE, ALIGNED, INDEX)
+    offset = tl.multiple_of(tl.load(rows + 4 * k + 1), 16)
+    block = tl.load(rows + 4 * k + 2)
+    s = load_scalars(scalars, k)
+    grad, used = load_grad(
+        grad_address, place_of(i, strides, k, 1, DIMS), inside, scale, GRAD, ALIGNED, SKIP_ZEROS
+    )
+    pointer = tl.load(addresses + 2 * k).to(tl.pointer_type(PARAM))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    param = tl.load(pointer + place_of(i, strides, k, 0, DIMS), inside, 0.0).to(tl.float32)
+    old = load_states(arenas, offset, i, block, b, inside, whole)
+    moved, fresh = direction(param, grad, old, s)
+    moved = tl.where(used, moved, 0.0)
+    row = found + (FIRST + pid) * (2 + STATES)
+    tl.store(row, tl.sum(moved * moved))
+    tl.store(row + 1, tl.sum(param * param))
+    store_largest(row + 2, keep(used, fresh, old))
+
+
+@triton.jit
+def finish_program(
+    addresses,
+    grad_scale,
+    found,
+    spans,
+    scalars,
+    max_unorm,
+    unorm,
+    measured,
+    STATES: tl.constexpr,
+    SCALARS: tl.constexpr,
+    UNIT: tl.constexpr,
+    trust_ratio,
+):
+    """Add up what was found of one parameter; `spans` is (n, 2) int64, the rows of `found` that are its."""
+    COLUMNS: tl.constexpr = 2 + STATES
+    k = tl.program_id(0).to(tl.int64)
+    begin = tl.load(spans + 2 * k)
+    end = tl.load(spans + 2 * k + 1)
+    lane = tl.arange(0, 1024)
+    update = tl.zeros([1024], tl.float64)
+    param = tl.zeros([1024], tl.float64)
+    first = begin
+    while first < end:
+        row = found + (first + lane) * COLUMNS
+        update += tl.load(row, first + lane < end, 0.0)
+        param += tl.load(row + 1, first + lane < end, 0.0)
+        first += 1024
+    if max_unorm is not None:
+        limit = tl.load(max_unorm + k).to(tl.float64)
+        unit = tl.load(scalars + k * SCALARS + UNIT)
+        update_norm = tl.sqrt(tl.sum(update)) * unit
+        active = tl.load(addresses + 2 * k + 1) != 0
+        if grad_scale is not None:
+            scale = tl.load(grad_scale + k)
+            active = active & (scale - scale == 0)  # finite
+        if active:
+            tl.store(unorm + k, (update_norm * update_norm).to(tl.float32))
+        ratio = trust_ratio(limit, tl.sqrt(tl.sum(param)), update_norm)[0]
+        tl.store(measured + k * (1 + STATES), ratio.to(tl.float32))
+    for state in tl.static_range(STATES):
+        largest = tl.zeros([1024], tl.float32)
+        first = begin
+        while first < end:
+            row = found + (first + lane) * COLUMNS
+            largest = tl.maximum(largest, tl.load(row + 2 + state, first + lane < end, 0.0))
+            first += 1024
+        tl.store(measured + k * (1 + STATES) + 1 + state, tl.max(largest))
+
+
+@triton.jit
+def prepare_program(
+    present,
+    step,
+    hyper,
+    scalars,
+    grad_scale,
+    count,
+    PREPARE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    write_scalars,
+):
+    """Advance `step`, and compute the scalars of PREPARE of the `count` parameters.
+
+    `present` has an entry for each parameter, STRIDE apart, that is not 0 where there is a gradient.
+    """
+    k = tl.program_id(0) * PREPARE + tl.arange(0, PREPARE)
+    there = k < count
+    advance = tl.load(present + k * STRIDE, there, 0) != 0
+    if grad_scale is not None:
+        scale = tl.load(grad_scale + k, there, 0.0)
+        advance = advance & (scale - scale == 0)  # finite
+    steps = tl.load(step + k, there, 0) + advance.to(tl.int64)
+    tl.store(step + k, steps, there)
+    write_scalars(hyper, scalars, k, tl.maximum(steps, 1).to(tl.float64), there)
+
+
+@triton.jit
+def sums_program(
+    addresses,
+    rows,
+    owner,
+    strides,
+    sums,
+    FIRST: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DIMS: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """The sum of the squares of ELEMENTS elements of one tensor, which is in the place of a parameter."""
+    pid = tl.program_id(0)
+    k = tl.load(owner + pid).to(tl.int64)
+    pointer = tl.load(addresses + 2 * k).to(tl.pointer_type(DTYPE))
+    numel = tl.load(rows + 4 * k).to(INDEX)
+    first = (pid - tl.load(rows + 4 * k + 3)).to(INDEX) * ELEMENTS
+    i = first + tl.max_contiguous(tl.arange(0, ELEMENTS), 8)
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+        inside = i // 8 < numel // 8
+    else:
+        inside = i < numel
+    x = tl.load(pointer + place_of(i, strides, k, 0, DIMS), inside, 0.0).to(tl.float32)
+    tl.store(sums + FIRST + pid, tl.sum(x * x))
+
+
+@triton.jit
+def norms_program(sums, spans, out):
+    """The root of the sums of one tensor, added in their order; `spans` is (n, 2) int64, where its sums are."""
+    k = tl.program_id(0)
+    first = tl.load(spans + 2 * k)
+    last = tl.load(spans + 2 * k + 1)
+    total = tl.zeros([1024], tl.float32)
+    lane = tl.arange(0, 1024)
+    while first < last:
+        total += tl.load(sums + first + lane, first + lane < last, 0.0)
+        first += 1024
+    tl.store(out + k, tl.sqrt_rn(tl.sum(total)))

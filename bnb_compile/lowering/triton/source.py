@@ -1,0 +1,511 @@
+"""The step as Triton: what a rule and its formats bring, printed around the programs of kernels.py.
+
+An eager step and a graph run the same kernels: a small one that advances `step` and computes the rule's scalars
+for each parameter in float64 (and, in a graph, writes the addresses of parameters and gradients into a table),
+and one that updates everything. Where a parameter's update depends on all of its elements, by a trust ratio or
+something that a format shares in a whole parameter, two more come between: one that computes the update and
+keeps only what there is to know of it, and one that adds up what its programs found. No source depends on the
+number of parameters, but for the arguments of those that write addresses.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from ...formats import BLOCK, Stored, codebook
+from ...formats.dynamic8 import Dynamic8
+from ...formats.elements import Elements
+from ...ops.operator import Modes, StepOp, kernel_arguments
+from ...rules.trace import trace, trace_round_bits, trace_rule, trace_trust_ratio
+from ..dialects import TRITON, TRITON_DOUBLE, TRITON_INTEGERS
+from ..printer import write
+
+TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.uint8: "u8",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+_LANGUAGE = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
+
+TILE = 8  # blocks of 256 elements for a program of 4 warps: 16 elements for a thread
+WARPS = 4
+MOST_ADDRESSES = 1500  # arguments of one kernel; CUDA allows 32 KB of them
+PREPARE = 128  # parameters for a program of the first kernel
+SUM_BLOCKS = 32  # of 256 elements, for a program of the first stage of tensor_norms
+NUMBERS = 256  # arguments of numbers_kernel
+NO_NUMBER = 2**62  # in the place of 0, which would be passed as 32 bits and so need another kernel
+
+IMPORTS = """\
+import triton
+import triton.language as tl
+from bnb_compile.lowering.triton.device import div, sqrt
+from bnb_compile.lowering.triton.dynamic8 import load_dynamic8, store_dynamic8
+from bnb_compile.lowering.triton.kernels import (
+    finish_program, measure_program, norms_program, prepare_program, sums_program, update_program
+)
+"""
+
+
+def has_fast_instructions(device: torch.device) -> bool:
+    """Whether a device runs NVIDIA's PTX."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+class Variant(NamedTuple):
+    """What a step kernel is specialised for.
+
+    Attributes:
+        aligned: Whether all tensors are contiguous, begin at multiples of 16 bytes and have multiples of 8
+            elements, so that every access is a vector.
+        dims: Dimensions of the strides table; 0 if all tensors are contiguous.
+        long: Whether a parameter has 2**31 elements or more, so that places need 64 bits.
+        fast: Whether NVIDIA's approximate instructions are used.
+    """
+
+    aligned: bool
+    dims: int
+    long: bool
+    fast: bool
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """The arguments of a program that say it."""
+        index = "tl.int64" if self.long else "tl.int32"
+        return {"ALIGNED": self.aligned, "DIMS": self.dims, "INDEX": index}
+
+
+def _function(name: str, arguments: Iterable[str], lines: Iterable[str]) -> str:
+    body = "".join(f"    {line}\n" for line in lines)
+    return f"@triton.jit\ndef {name}({', '.join(arguments)}):\n{body}"
+
+
+def _tuple(values: Iterable[str]) -> str:
+    return f"({''.join(f'{value}, ' for value in values)})"
+
+
+def _call(function: str, **arguments: object) -> str:
+    return f"{function}({', '.join(f'{name}={value}' for name, value in arguments.items())})"
+
+
+# What a rule brings.
+
+
+def print_rule(op: StepOp, fast: bool) -> str:
+    """The rule's update and its direction; what is not called costs nothing."""
+    traced = trace_rule(op.rule)
+    states, names = [state.name for state in op.rule.states], traced.scalar_names
+    unpack = [f"{name} = states[{k}]" for k, name in enumerate(states)]
+    unpack += [f"{name} = s[{k}]" for k, name in enumerate(names)]
+    flag = f"FAST: tl.constexpr = {fast}"
+
+    def function(name: str, arguments: list[str], graph: torch.fx.Graph, before: Sequence[str] = ()) -> str:
+        lines, (result, *fresh) = write(graph, ["param", "grad", *states, *names], TRITON)
+        body = [flag, *unpack, *before, *lines, f"return {result}, {_tuple(fresh)}"]
+        return _function(name, arguments, body)
+
+    trust = ["if ratio is not None:", "    step_size = step_size * ratio"]
+    return "\n".join(
+        [
+            function("update", ["param", "grad", "states", "s", "ratio"], traced.update, trust),
+            function("direction", ["param", "grad", "states", "s"], traced.direction),
+            _function(
+                "load_scalars",
+                ["scalars", "k"],
+                [f"row = scalars + k * {len(names)}"]
+                + [f"{name} = tl.load(row + {j})" for j, name in enumerate(names)]
+                + [f"return {_tuple(names)}"],
+            ),
+            _function(
+                "keep",
+                ["used", "fresh", "old"],
+                [f"return {_tuple(f'tl.where(used, fresh[{k}], old[{k}])' for k in range(len(states)))}"],
+            ),
+        ]
+    )
+
+
+# What formats bring.
+
+
+class Row(NamedTuple):
+    """A row of an arena, which is an argument of its own."""
+
+    name: str
+    arena: str
+    index: int
+    dtype: torch.dtype
+
+
+def arena_rows(op: StepOp) -> list[Row]:
+    """All rows of all arenas, in the order of the kernels' arguments."""
+    return [
+        Row(f"{arena.name}_{k}" if arena.rows > 1 else arena.name, arena.name, k, arena.part.dtype)
+        for arena in op.arenas
+        for k in range(arena.rows)
+    ]
+
+
+def _row(op: StepOp, stored: Stored, part: str) -> str:
+    """Name of the row of an arena that some states have."""
+    arena, index = f"{stored.format.name}_{part}", op.row(stored)
+    return next(row.name for row in arena_rows(op) if (row.arena, row.index) == (arena, index))
+
+
+def tables(op: StepOp) -> dict[str, torch.Tensor]:
+    """Constant tensors that the formats' kernels read, by name of their argument."""
+    found = {}
+    for stored in op.stored:
+        if isinstance(stored.format, Dynamic8):
+            found[_map_name(stored.format)] = codebook.create_dynamic_map(stored.format.signed)
+    return found
+
+
+def _map_name(stored: Dynamic8) -> str:
+    return "signed_map" if stored.signed else "unsigned_map"
+
+
+def print_formats(op: StepOp, modes: Modes, fast: bool) -> str:
+    """How the states are loaded, stored, and measured for a whole parameter."""
+    arenas = [*(row.name for row in arena_rows(op)), *tables(op)]
+    unpack = [f"{name} = arenas[{k}]" for k, name in enumerate(arenas)]
+    at = ["offset", "i", "block", "b", "inside", "whole"]
+    loads, stores, largest = [], [], []
+    for stored in op.stored:
+        k = stored.states[0]
+        name = op.rule.states[k].name
+        if isinstance(stored.format, Elements):
+            pointer = _row(op, stored, "values")
+            loads.append(f"{name} = tl.load({pointer} + offset + i, inside, 0.0).to(tl.float32)")
+            to = _LANGUAGE[stored.format.dtype]
+            stores.append(f"tl.store({pointer} + offset + i, fresh[{k}].to({to}), inside)")
+            largest.append(f"tl.store(row + {k}, 0.0)")
+        elif isinstance(stored.format, Dynamic8):
+            signed = stored.format.signed
+            codes, absmax = _row(op, stored, "codes"), _row(op, stored, "absmax")
+            table = _map_name(stored.format)
+            loads.append(f"{name} = load_dynamic8({codes}, {absmax}, {table}, {', '.join(at)}, {signed})")
+            magnitude = f"tl.abs(fresh[{k}])" if signed else f"fresh[{k}]"
+            of_blocks = f"tl.max({magnitude}, 1)"
+            if not modes.block_wise:
+                of_blocks = f"tl.load(of_parameter + {k}) + tl.zeros_like(b).to(tl.float32)"
+            stores.append(
+                f"store_dynamic8({codes}, {absmax}, fresh[{k}], {of_blocks}, {', '.join(at)}, cell_{signed}, "
+                f"{signed}, {fast})"
+            )
+            largest.append(f"tl.store(row + {k}, tl.max({magnitude}))")
+        else:
+            raise NotImplementedError(f"the format {stored.format.name} has no Triton")
+    states = [state.name for state in op.rule.states]
+    return "\n".join(
+        [
+            _print_cells() if tables(op) else "",
+            _function("load_states", ["arenas", *at], [*unpack, *loads, f"return {_tuple(states)}"]),
+            _function("store_states", ["arenas", "fresh", *at, "of_parameter"], [*unpack, *stores, "return"]),
+            _function("store_largest", ["row", "fresh"], [*largest, "return"]),
+        ]
+    )
+
+
+@functools.cache
+def _print_cells() -> str:
+    """The portable encoder of both maps."""
+    text = []
+    for signed in (True, False):
+        lines, (cell,) = write(trace(lambda a: (codebook.cell(a, signed),), 1, torch.float32), ["a"], TRITON)
+        text.append(_function(f"cell_{signed}", ["a"], [*lines, f"return ({cell},)"]))
+    return "\n".join(text)
+
+
+@functools.cache
+def _print_round_bits() -> str:
+    arguments = ["bits", "index", "step"]
+    lines, (rounded,) = write(trace_round_bits(), arguments, TRITON_INTEGERS)
+    return _function("round_bits", arguments, [*lines, f"return ({rounded},)"])
+
+
+# Entries: what is launched.
+
+
+def measured_columns(op: StepOp) -> int:
+    """Columns of `measured`: the trust ratio, and what must be known of each state."""
+    return 1 + len(op.rule.states)
+
+
+def step_arguments(op: StepOp, modes: Modes, variant: Variant, measure: bool = False) -> list[str]:
+    """Names of the arguments of `step_kernel`, or of `measure_kernel`, all pointers."""
+    arguments = ["addresses", "rows", "owner"]
+    arguments += ["strides"] if variant.dims else []
+    arguments += [row.name for row in arena_rows(op)]
+    arguments += tables(op)
+    arguments += ["scalars"]
+    arguments += ["grad_scale"] if modes.grad_scale else []
+    arguments += ["step"] if modes.stochastic_round and not measure else []
+    if measure:
+        arguments.append("found")
+    elif modes.two_phases:
+        arguments.append("measured")
+    return arguments
+
+
+def _step_entry(
+    op: StepOp,
+    modes: Modes,
+    name: str,
+    param_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    variant: Variant,
+    measure: bool,
+    **own: object,
+) -> str:
+    """A kernel that calls `update_program` or `measure_program`."""
+    arguments = step_arguments(op, modes, variant, measure)
+    fast = variant.fast and op.shared_in_blocks  # what is kept in full precision is computed in it
+    rounds = "round_bits" in own.values()
+
+    def given(argument: str) -> str:
+        return argument if argument in arguments else "None"
+
+    call = _call(
+        "measure_program" if measure else "update_program",
+        k="k",
+        grad_address="grad_address",
+        addresses="addresses",
+        rows="rows",
+        strides=given("strides"),
+        arenas=_tuple([*(row.name for row in arena_rows(op)), *tables(op)]),
+        scalars="scalars",
+        scale="scale",
+        PARAM=_LANGUAGE[param_dtype],
+        GRAD=_LANGUAGE[grad_dtype],
+        TILE=TILE,
+        **variant.constants,
+        SKIP_ZEROS=modes.skip_zeros,
+        STATES=len(op.rule.states),
+        load_scalars="load_scalars",
+        load_states="load_states",
+        keep="keep",
+        **own,
+    )
+    scale = ["scale = None"]
+    if modes.grad_scale:
+        scale = ["scale = tl.load(grad_scale + k)", "if (scale - scale) != 0:  # not finite", "    return"]
+    body = [
+        "k = tl.load(owner + tl.program_id(0)).to(tl.int64)",
+        "grad_address = tl.load(addresses + 2 * k + 1)",
+        "if grad_address == 0:",
+        "    return",
+        *scale,
+        call,
+    ]
+    return "\n".join(
+        [
+            print_rule(op, fast),
+            print_formats(op, modes, fast),
+            _print_round_bits() if rounds else "",
+            _function(name, arguments, body),
+        ]
+    )
+
+
+def step_kernel(
+    op: StepOp, modes: Modes, name: str, param_dtype: torch.dtype, grad_dtype: torch.dtype, variant: Variant
+) -> str:
+    """Source of the kernel that updates a bucket."""
+    own = dict(
+        step="step" if modes.stochastic_round else None,
+        measured="measured" if modes.two_phases else None,
+        BLOCK_WISE=modes.block_wise,
+        update="update",
+        store_states="store_states",
+        round_bits="round_bits" if modes.stochastic_round else None,
+    )
+    return _step_entry(op, modes, name, param_dtype, grad_dtype, variant, measure=False, **own)
+
+
+def measure_kernel(
+    op: StepOp,
+    modes: Modes,
+    name: str,
+    param_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    variant: Variant,
+    base: int,
+) -> str:
+    """Source of the kernel that finds out what a step must know of whole parameters.
+
+    `found` has a row for each program, this launch's from row `base` on.
+    """
+    own = dict(found="found", FIRST=base, direction="direction", store_largest="store_largest")
+    return _step_entry(op, modes, name, param_dtype, grad_dtype, variant, measure=True, **own)
+
+
+def finish_arguments(modes: Modes) -> list[str]:
+    """Names of the arguments of `finish_kernel`, all pointers."""
+    options = [name for name in ("grad_scale", "max_unorm") if getattr(modes, name)]
+    options += ["unorm"] if modes.max_unorm else []
+    return ["addresses", "found", "spans", "scalars", *options, "measured"]
+
+
+def finish_kernel(op: StepOp, modes: Modes, name: str) -> str:
+    """Source of the kernel that adds up what was found of one parameter, in a program of its own."""
+    names = trace_rule(op.rule).scalar_names
+    arguments = ["limit", "param_norm", "update_norm"]
+    lines, (ratio,) = write(trace_trust_ratio(), arguments, TRITON_DOUBLE)
+    call = _call(
+        "finish_program",
+        addresses="addresses",
+        grad_scale="grad_scale" if modes.grad_scale else None,
+        found="found",
+        spans="spans",
+        scalars="scalars",
+        max_unorm="max_unorm" if modes.max_unorm else None,
+        unorm="unorm" if modes.max_unorm else None,
+        measured="measured",
+        STATES=len(op.rule.states),
+        SCALARS=len(names),
+        UNIT=names.index("unit"),
+        trust_ratio="trust_ratio",
+    )
+    return "\n".join(
+        [
+            _function("trust_ratio", arguments, [*lines, f"return ({ratio},)"]),
+            _function(name, finish_arguments(modes), [call]),
+        ]
+    )
+
+
+def prepare_arguments(modes: Modes) -> list[str]:
+    """Names of the last arguments of the prepare kernel, all pointers."""
+    return ["present", "step", "hyper", "scalars", *(["grad_scale"] if modes.grad_scale else [])]
+
+
+def prepare_kernel(
+    op: StepOp,
+    modes: Modes,
+    name: str,
+    tensors: Sequence[tuple[str, int]] = (),
+    present_stride: int = 1,
+) -> str:
+    """Source of the kernel that advances `step` and computes the scalars of each parameter.
+
+    Args:
+        op: The step operator.
+        modes: What it is compiled for.
+        name: Of the kernel.
+        tensors: See `addresses_kernel`; those arguments come before the others.
+        present_stride: Distance of the parameters' entries in `present`, which is not 0 where a parameter
+            has a gradient.
+    """
+    hyper = op.rule.hyper._fields
+    lines, results = write(trace_rule(op.rule).scalars, [*hyper, "t"], TRITON_DOUBLE)
+    loads = [
+        f"{field} = tl.load(hyper + k * {len(hyper)} + {j}, there, 0.0)" for j, field in enumerate(hyper)
+    ]
+    stores = [
+        # A scalar that depends on nothing, such as SGD's `keep`, is printed as a number.
+        f"tl.store(scalars + k * {len(results)} + {j}, (tl.zeros_like(t) + {value}).to(tl.float32), there)"
+        for j, value in enumerate(results)
+    ]
+    call = _call(
+        "prepare_program",
+        present="present",
+        step="step",
+        hyper="hyper",
+        scalars="scalars",
+        grad_scale="grad_scale" if modes.grad_scale else None,
+        count="count",
+        PREPARE=PREPARE,
+        STRIDE=present_stride,
+        write_scalars="write_scalars",
+    )
+    arguments = [*(a for a, _ in tensors), *(["addresses"] if tensors else []), *prepare_arguments(modes)]
+    return "\n".join(
+        [
+            _function(
+                "write_scalars", ["hyper", "scalars", "k", "t", "there"], [*loads, *lines, *stores, "return"]
+            ),
+            _function(name, [*arguments, "count"], [*_write_addresses(tensors), call]),
+        ]
+    )
+
+
+def addresses_kernel(name: str, tensors: Sequence[tuple[str, int]]) -> str:
+    """Source of a kernel that writes the addresses of its arguments into a table.
+
+    So a graph needs no copy from the host: the addresses are arguments, which it keeps.
+
+    Args:
+        name: Of the kernel.
+        tensors: Each argument, and the entry of `addresses`, the last argument, that it is written to.
+    """
+    return _function(name, [*(a for a, _ in tensors), "addresses"], _write_addresses(tensors))
+
+
+def _write_addresses(tensors: Sequence[tuple[str, int]]) -> list[str]:
+    stores = [f"    tl.store(addresses + {place}, {a}.to(tl.int64))" for a, place in tensors]
+    return ["if tl.program_id(0) == 0:", *stores] if tensors else []
+
+
+def numbers_kernel(name: str) -> str:
+    """Source of a kernel that writes `count` of its NUMBERS first arguments to `addresses`, from `first` on.
+
+    They are numbers, and nothing is compiled for their values, so that one kernel serves any tensors.
+    """
+    numbers = [f"n{k}" for k in range(NUMBERS)]
+    stores = []
+    for k, n in enumerate(numbers):
+        stores += [
+            f"if {k} < count:",
+            f"    tl.store(addresses + first + {k}, tl.where({n} == {NO_NUMBER}, 0, {n}))",
+        ]
+    kernel = _function(name, [*numbers, "addresses", "first", "count"], stores)
+    plain = f"@triton.jit(do_not_specialize={[*numbers, 'first', 'count']!r})"
+    return kernel.replace("@triton.jit", plain)
+
+
+def sums_arguments(variant: Variant) -> list[str]:
+    """Names of the arguments of `sums_kernel`, all pointers."""
+    return ["addresses", "rows", "owner", *(["strides"] if variant.dims else []), "sums"]
+
+
+def sums_kernel(name: str, dtype: torch.dtype, variant: Variant, base: int) -> str:
+    """Source of the first stage of tensor_norms: sums of parts of the tensors, from entry `base` of `sums` on."""
+    call = _call(
+        "sums_program",
+        addresses="addresses",
+        rows="rows",
+        owner="owner",
+        strides="strides" if variant.dims else None,
+        sums="sums",
+        FIRST=base,
+        DTYPE=_LANGUAGE[dtype],
+        ELEMENTS=SUM_BLOCKS * BLOCK,
+        **variant.constants,
+    )
+    return _function(name, sums_arguments(variant), [call])
+
+
+def norms_kernel(name: str) -> str:
+    """Source of the second stage of tensor_norms."""
+    return _function(name, ["sums", "spans", "out"], ["norms_program(sums, spans, out)"])
+
+
+def argument_dtypes(op: StepOp, modes: Modes) -> dict[str, torch.dtype]:
+    """Dtypes of all arguments that the step's kernels can have."""
+    tensors = kernel_arguments(op, modes)
+    return {
+        **tensors,
+        **{row.name: row.dtype for row in arena_rows(op)},
+        **dict.fromkeys(tables(op), torch.float32),
+        **dict.fromkeys(("addresses", "rows", "strides", "spans", "present"), torch.int64),
+        "owner": torch.int32,
+        **dict.fromkeys(("scalars", "found", "measured"), torch.float32),
+    }

@@ -1,0 +1,380 @@
+"""What a step depends on, and how a change of it is noticed. This module owns the answer.
+
+Everything is **data** that the step reads, a **guard** (an eager step looks; a captured one too, because Dynamo
+evaluates `Changes.look` as a guard and compiles again when its answer is another one), or it **raises**:
+
+| what                                | answer                                                                    |
+|-------------------------------------|---------------------------------------------------------------------------|
+| values of parameters and gradients  | data                                                                      |
+| which parameters have a gradient    | data (eager), guard of Dynamo's own (captured)                            |
+| a gradient's strides and address    | data (eager), guard of Dynamo's own (captured)                            |
+| a gradient's dtype                  | data (eager), guard of Dynamo's own (captured); raises if sparse, complex |
+| a gradient's shape, device          | raises if not its parameter's                                             |
+| a gradient that is negated lazily   | resolved                                                                  |
+| a parameter's address               | data; guard where parameters begin to overlap                             |
+| a parameter's dtype, device, shape  | guard: its state moves along; with another shape it begins anew           |
+| a parameter that overlaps itself    | raises, as a wrapper subclass does                                        |
+| requires_grad                       | guard, until a parameter has a state; then only its gradient counts       |
+| the parameters of a group           | guard                                                                     |
+| the list of groups                  | guard; a parameter in no group keeps its state and is not updated         |
+| hyperparameters that are numbers    | data, written at once                                                     |
+| hyperparameters that are tensors    | data, read by each step; guard if there is another tensor                 |
+| options of a group, and of `args`   | guard; `max_unorm` and `percentile_clipping` are data above 0, below 100   |
+| `max_grad_norm`                     | data; guard if it is switched on or off                                   |
+| `amp_fused`, `is_paged`, `bf16_...` | guard                                                                     |
+| overrides, bitsandbytes' too        | guard; hyperparameters are data                                           |
+| values of a state                   | data, written at once; raises if they do not fit                          |
+| a state that is taken away          | data: it begins anew, at once                                             |
+| ``optimizer.state`` itself          | guard: another one has another structure                                  |
+| `grad_scale`, `found_inf`           | data                                                                      |
+
+"At once" is for CUDA graphs: a replay runs no Python that could look. What is a guard above a replay cannot notice;
+capture again after such a change.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._library.opaque_object import MemberType, register_opaque_type
+from torch._opaque_base import OpaqueBase
+
+from .. import backends
+from ..ops.operator import Modes
+from ..ops.step import step_op
+from ..state import paging
+from ..state.bucket import Bucket, Kind
+from ..state.memory import check_parameter, waves
+from ..state.structure import Structure, Wanted
+from ..state.watched import States
+from .manager import GlobalOptimManager
+from .options import ARGS, PAGED_SIZE, check_args, format_of
+
+if TYPE_CHECKING:
+    from .optimizer import Optimizer8bit
+
+_SPECS = attrgetter("shape", "dtype", "device")
+
+
+class Source(NamedTuple):
+    """A group, or an overridden parameter of it, and the rows of hyperparameters that it fills."""
+
+    group: Mapping[str, Any]
+    override: Mapping[str, Any]
+    rows: list[tuple[Bucket, list[int]]]
+
+
+class Changes(OpaqueBase):
+    """Notices what has changed since an optimizer's structure was formed.
+
+    For Dynamo it is an opaque object: `look` is its guard, and `prepare` runs for real while a step is traced.
+    """
+
+    def __init__(self, optimizer: Optimizer8bit) -> None:
+        self._optimizer: Any = weakref.ref(optimizer)
+        self._version = 0
+        self._sources: list[Source] = []
+        self._written: list[
+            tuple[Any, ...]
+        ] = []  # for each source, the hyperparameters that are in the tensors
+        self._overrides: dict[int, dict[str, Any]] = {}  # by id of the parameter
+        self._overrides_version: Any = None
+        self._seen: Any = None  # what the structure was formed from
+        self._placed: list[Tensor] = []
+        self._specs: list[Any] = []
+        self._addresses: list[Any] = []
+        self._waiting: list[Tensor] = []  # parameters of groups that had no gradient to wait for
+
+    def __deepcopy__(self, memo: Any) -> Changes:
+        return self  # as Dynamo copies it (torch 2.11); a copied optimizer makes its own
+
+    # Asked by steps.
+
+    def look(self) -> str:
+        """Bring data to the step's tensors, and say what the structure is.
+
+        Returns:
+            str: The same text as long as what has been traced is right.
+        """
+        try:
+            reason = self._outdated()
+        except Exception as error:  # raised again where it can be seen, when the step is prepared
+            reason = f"{type(error).__name__}: {error}"
+        return f"structure {self._version}" + (f" is outdated: {reason}" if reason else "")
+
+    def prepare(self) -> int:
+        """Have the structure as the groups, options and states ask for it.
+
+        Raises:
+            ValueError: If a value, or what is in ``optimizer.state``, is out of range or does not fit.
+            TypeError: If a parameter cannot be updated.
+        """
+        self.optimizer._opt_called = True  # what a scheduler's wrapper of `step` would do
+        if self._outdated() is not None:
+            self._form()
+        return 0
+
+    @property
+    def optimizer(self) -> Optimizer8bit:
+        """Whose changes these are."""
+        return self._optimizer()
+
+    @property
+    def overrides(self) -> dict[int, dict[str, Any]]:
+        """What a `GlobalOptimManager` sets for parameters, by id, when the structure was last looked at."""
+        return self._overrides
+
+    # As the listener of groups.
+
+    def group_written(self, group: dict[str, Any]) -> None:
+        """See `Listener`: write its numbers into the tensors."""
+        optimizer = self._optimizer()
+        if optimizer is None or not optimizer.family.is_complete(group):
+            return
+        optimizer.family.fold_betas(group)
+        for k, source in enumerate(self._sources):
+            if source.group is group:
+                self._write(k, source)
+
+    # Looking.
+
+    def _outdated(self) -> str | None:
+        """Why the structure is no longer right, None if it is."""
+        optimizer = self.optimizer
+        structure = optimizer.structure
+        if optimizer.state is not structure.states:
+            return "optimizer.state was replaced"
+        if self._facts() != self._seen:
+            return "groups or options have changed"
+        if list(map(_SPECS, self._placed)) != self._specs:
+            return "a parameter has another shape, dtype or device"
+        if any(param.requires_grad or param.grad is not None for param in self._waiting):
+            return "a parameter without a state has a gradient, or requires one"
+        if not backends.replaces_tensors() and list(map(_address, self._placed)) != self._addresses:
+            self._addresses = list(map(_address, self._placed))
+            current = [structure.places[id(param)].bucket.kind.wave for param in self._placed]
+            if _waves(self._placed) != current:
+                return "parameters overlap"
+            for param in self._placed:
+                check_parameter(param)
+        if structure.touched:
+            structure.take_over()
+        for k, source in enumerate(self._sources):
+            if _key(self._values(source)) != self._written[k]:
+                tensors = _tensors(self._written[k])
+                self._write(k, source)
+                if _tensors(self._written[k]) != tensors:
+                    return "a hyperparameter is another tensor"
+        optimizer.bring_max_grad_norm()
+        return None
+
+    def _facts(self) -> Any:
+        """What decides about buckets, but for the parameters themselves and their gradients."""
+        optimizer = self.optimizer
+        version = GlobalOptimManager.get_instance().version
+        groups = [
+            (
+                id(group),
+                tuple(map(id, group["params"])),
+                optimizer.family.rule(group),
+                tuple(group[key] for key in ARGS if key in group),
+            )
+            for group in optimizer.param_groups
+        ]
+        own = (
+            optimizer.max_grad_norm is None,
+            optimizer.is_paged,
+            optimizer.bf16_stochastic_round,
+            optimizer._step_supports_amp_scaling,
+        )
+        return version, groups, tuple(vars(optimizer.args).values()), own
+
+    def _values(self, source: Source) -> tuple[Any, ...]:
+        family = self.optimizer.family
+        if source.override:
+            return family.hyper(family.checked({**source.group, **source.override}))
+        return family.hyper(source.group)
+
+    def _write(self, k: int, source: Source) -> None:
+        values = self._values(source)
+        for bucket, rows in source.rows:
+            bucket.hyper.write(k, rows, values)
+        self._written[k] = _key(values)
+
+    # Forming.
+
+    def _form(self) -> None:
+        optimizer = self.optimizer
+        link = False
+        if optimizer.state is not optimizer.structure.states:
+            link = self._switch()
+        structure = optimizer.structure
+        optimizer.adopt_groups()
+        facts = self._facts()
+        self._read_overrides()
+        structure.take_over()
+        wanted = list(self._survey())
+        if not structure.fits(wanted):
+            structure.form(wanted, link)
+            self._version += 1
+        tensors = list(filter(None, map(_tensors, self._written)))
+        self._find_sources(wanted)
+        if tensors != list(filter(None, map(_tensors, self._written))):
+            self._version += 1
+        optimizer.bring_max_grad_norm()
+        self._seen = facts
+        self._placed = [w.param for w in wanted]
+        self._specs = list(map(_SPECS, self._placed))
+        self._addresses = [] if backends.replaces_tensors() else list(map(_address, self._placed))
+        self._waiting = [
+            param
+            for group in optimizer.param_groups
+            for param in group["params"]
+            if id(param) not in structure.places
+        ]
+
+    def _switch(self) -> bool:
+        """Follow ``optimizer.state`` to another structure; returns whether its tensors must stay the state."""
+        optimizer = self.optimizer
+        state = optimizer.state
+        self._version += 1
+        self._written.clear()
+        self._sources.clear()
+        if isinstance(state, States) and state.listener.states is state:
+            optimizer.structure = state.listener
+            return False
+        if backends.is_traced() and any(
+            entry and not isinstance(entry.get("step"), Tensor) for entry in state.values()
+        ):
+            raise ValueError(
+                "a state has a number as its step, which a traced graph would repeat for ever: make it a tensor, "
+                'entry["step"] = torch.tensor(entry["step"])'
+            )
+        optimizer.structure = Structure(optimizer.key_names)
+        optimizer.state = optimizer.structure.new_states(state)
+        return bool(state)
+
+    def _read_overrides(self) -> None:
+        manager = GlobalOptimManager.get_instance()
+        self._overrides = manager.overrides(self.optimizer.param_groups)
+
+    def config(
+        self, group: Mapping[str, Any], param: Tensor, override: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """A parameter's hyperparameters and checked options, with its overrides."""
+        if override is None:
+            override = self._overrides.get(id(param), {})
+        config = {**vars(self.optimizer.args), **group, **override}
+        return {**config, **check_args({key: config[key] for key in ARGS})}
+
+    def kind(self, config: Mapping[str, Any], param: Tensor) -> Kind:
+        """What bucket a parameter is for."""
+        optimizer = self.optimizer
+        rule = optimizer.family.rule(config)
+        op = step_op(rule, format_of(config, param.numel()))
+        clipped = config["percentile_clipping"] < 100
+        modes = Modes(
+            grad_scale=clipped or optimizer.max_grad_norm is not None or optimizer._step_supports_amp_scaling,
+            max_unorm=config["max_unorm"] > 0,
+            skip_zeros=config["skip_zeros"],
+            block_wise=config["block_wise"] or not op.shared_in_blocks,
+            stochastic_round=optimizer.bf16_stochastic_round and param.dtype == torch.bfloat16,
+        )
+        paged = optimizer.is_paged and param.numel() >= PAGED_SIZE and paging.available(param.device)
+        return Kind(param.device, param.dtype, op, modes, clipped, paged)
+
+    def _survey(self) -> Iterator[Wanted]:
+        """What is wanted of each parameter that a step may update."""
+        optimizer = self.optimizer
+        family, states = optimizer.family, optimizer.state
+        found: dict[int, Wanted] = {}
+        of_group: list[tuple[Mapping[str, Any], Tensor]] = []
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if param.requires_grad or param.grad is not None or param in states:
+                    check_parameter(param)
+                    of_group.append((group, param))
+        of_wave = _waves([param for _, param in of_group])
+        for (group, param), wave in zip(of_group, of_wave):
+            config = self.config(group, param)
+            kind = self.kind(config, param)._replace(wave=wave)
+            found[id(param)] = Wanted(
+                param,
+                kind,
+                family.numbers_of(kind.op.rule),
+                tuple(map(float, family.initial(config))),
+                float(config["max_unorm"]),
+                config["percentile_clipping"],
+            )
+        yield from found.values()
+
+    def _find_sources(self, wanted: list[Wanted]) -> None:
+        """Say which rows of which tables follow which group, and fill them."""
+        optimizer = self.optimizer
+        places = optimizer.structure.places
+        self._sources = []
+        for group in optimizer.param_groups:
+            shared: dict[Bucket, list[int]] = defaultdict(list)
+            for param in group["params"]:
+                place = places.get(id(param))
+                if place is None:
+                    continue
+                override = self._overrides.get(id(param))
+                if override:
+                    self._sources.append(Source(group, override, [(place.bucket, [place.k])]))
+                else:
+                    shared[place.bucket].append(place.k)
+            if shared:
+                rows = [(bucket, sorted(set(ks))) for bucket, ks in shared.items()]
+                self._sources.append(Source(group, {}, rows))
+        for bucket in optimizer.structure.buckets:
+            bucket.hyper.forget_tensors()
+        self._written = [()] * len(self._sources)
+        for k, source in enumerate(self._sources):
+            self._write(k, source)
+        for bucket in optimizer.structure.buckets:
+            of_bucket = [optimizer.structure.wanted[id(param)] for param in bucket.params]
+            for tensor, values in (
+                (bucket.max_unorm, [w.max_unorm for w in of_bucket]),
+                (bucket.percentile, [w.percentile for w in of_bucket]),
+            ):
+                if tensor is not None:
+                    tensor.copy_(torch.tensor(values, dtype=tensor.dtype, device="cpu"))
+
+
+def _key(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What hyperparameters are compared by; a tensor is read by each step, so that only which it is counts."""
+    return tuple(("tensor", id(v)) if isinstance(v, Tensor) else float(v) for v in values)
+
+
+def _tensors(key: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x for x in key if isinstance(x, tuple))
+
+
+def _address(param: Tensor) -> Any:
+    return param.data_ptr(), param.stride()
+
+
+def _waves(params: list[Tensor]) -> list[int]:
+    return [0] * len(params) if backends.replaces_tensors() else waves(params)
+
+
+def _guarded(changes: Changes) -> list[str]:
+    return [changes.look()]
+
+
+def _register() -> None:
+    options: dict[str, Any] = dict(guard_fn=_guarded, members={"prepare": MemberType.USE_REAL})
+    try:
+        register_opaque_type(Changes, typ="symbolic", **options)
+    except (AssertionError, ValueError):  # as it was called before torch 2.15
+        register_opaque_type(Changes, typ="reference", **options)
+
+
+_register()

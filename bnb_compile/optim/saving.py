@@ -1,0 +1,178 @@
+"""State dicts, copies and reports of an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..formats import bits_of as bits_of
+from ..ops.operator import StepOp
+from ..state.checkpoint import flatten, match_groups, read_state
+from .changes import Changes
+from .family import FAMILIES
+from .manager import GlobalOptimManager
+
+if TYPE_CHECKING:
+    from .optimizer import Optimizer8bit
+
+
+@torch._disable_dynamo
+def state_dict(optimizer: Optimizer8bit) -> dict[str, Any]:
+    """See `Optimizer8bit.state_dict`."""
+    for before in optimizer._optimizer_state_dict_pre_hooks.values():
+        before(optimizer)
+    index: dict[int, int] = {}
+    groups = []
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            index.setdefault(id(param), len(index))
+        packed = {key: value for key, value in group.items() if key != "params"}
+        groups.append({**packed, "params": [index[id(param)] for param in group["params"]]})
+    structure = optimizer.structure
+    steps = {bucket: bucket.step.tolist() for bucket in structure.buckets}
+    states: dict[Any, Any] = {}
+    for key, entry in optimizer.state.items():
+        if not isinstance(key, Tensor):
+            states[key] = entry
+        elif id(key) in index and entry:
+            place = structure.places.get(id(key))
+            own = place is not None and entry is place.bucket.entries[place.k] and not entry.replaced
+            saved = dict(entry)
+            if own:
+                saved["step"] = int(steps[place.bucket][place.k])
+            elif isinstance(saved.get("step"), Tensor):
+                saved["step"] = int(saved["step"])
+            states[index[id(key)]] = saved
+    found = {"state": states, "param_groups": groups}
+    for after in optimizer._optimizer_state_dict_post_hooks.values():
+        found = after(optimizer, found) or found
+    return found
+
+
+@torch._disable_dynamo
+def load_state_dict(optimizer: Optimizer8bit, changes: Changes, state_dict: dict[str, Any]) -> None:
+    """See `Optimizer8bit.load_state_dict`."""
+    state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
+    for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        state_dict = before(optimizer, state_dict) or state_dict
+    family, structure = optimizer.family, optimizer.structure
+    contents, params = match_groups(optimizer.param_groups, state_dict)
+    contents = [family.checked(content) for content in contents]
+    own = {
+        x.untyped_storage().data_ptr() for bucket in structure.buckets for x in [*bucket.arenas, bucket.step]
+    }
+    rules = {}
+    for content in contents:
+        for param in content["params"]:
+            config = changes.config(content, param)
+            rules[id(param)] = family.rule(config)
+    entries = {}
+    for key, saved in state_dict["state"].items():
+        if not flatten(structure.renamed(saved)):
+            continue
+        param = params[key]
+        rule = rules[id(param)]
+        read = read_state(rule, family.numbers_of(rule), key, param, structure.renamed(saved))
+        # What is a view of the arenas must not change while they are written.
+        entry = {k: x.clone() if _lies_in(x, own) else x for k, x in read.entry.items()}
+        entries[param] = read._replace(entry=entry, gnorm=entry.get("gnorm_vec"))
+
+    for group, content in zip(optimizer.param_groups, contents):
+        group.update(content)
+    known = [param for group in optimizer.param_groups for param in group["params"]]
+    if structure.buckets:
+        changes.prepare()
+    for param in known:
+        structure.load(param, entries.get(param))
+    if entries:
+        changes.prepare()
+    for after in optimizer._optimizer_load_state_dict_post_hooks.values():
+        after(optimizer)
+
+
+def _lies_in(x: Any, storages: set[int]) -> bool:
+    plain = isinstance(x, Tensor) and x.layout is torch.strided and x.device.type != "meta"
+    return plain and x.untyped_storage().data_ptr() in storages
+
+
+def getstate(optimizer: Optimizer8bit, changes: Changes) -> dict[str, Any]:
+    """What a copy of an optimizer needs; see ``object.__getstate__``."""
+    return {
+        "defaults": optimizer.defaults,
+        "param_groups": [dict(group) for group in optimizer.param_groups],
+        "state": {param: dict(entry) for param, entry in optimizer.state.items()},
+        "overrides": [
+            (param, changes.overrides[id(param)])
+            for group in optimizer.param_groups
+            for param in group["params"]
+            if id(param) in changes.overrides
+        ],
+        "args": optimizer.args,
+        "family": optimizer.family.name,
+        "is_paged": optimizer.is_paged,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "bf16_stochastic_round": optimizer.bf16_stochastic_round,
+        "_step_supports_amp_scaling": optimizer._step_supports_amp_scaling,
+        "_compile": optimizer._compile,
+    }
+
+
+def setstate(optimizer: Optimizer8bit, state: dict[str, Any]) -> None:
+    """Make an optimizer from what `getstate` returned."""
+    for param, config in state.pop("overrides"):
+        GlobalOptimManager.get_instance().override_config(param, key_value_dict=config)
+    family, entries = FAMILIES[state.pop("family")], state.pop("state")
+    torch.optim.Optimizer.__setstate__(optimizer, {**state, "family": family})
+    optimizer._begin()
+    optimizer.state = optimizer.structure.new_states(entries)
+    optimizer.adopt_groups()
+    if any(entries.values()):
+        optimizer.init_state()
+
+
+def replace(optimizer: Optimizer8bit, state: dict[str, Any]) -> None:
+    """Replace some attributes, as ``torch.optim.Optimizer.__setstate__``."""
+    torch.optim.Optimizer.__setstate__(optimizer, state)
+    optimizer.adopt_groups()
+
+
+def precision_report(optimizer: Optimizer8bit, changes: Changes) -> list[dict[str, Any]]:
+    """See `Optimizer8bit.precision_report`."""
+    overrides = GlobalOptimManager.get_instance().overrides(optimizer.param_groups)
+    report: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        names = group.get("param_names") or range(len(report), len(report) + len(group["params"]))
+        for name, param in zip(names, group["params"]):
+            override = overrides.get(id(param), {})
+            config = changes.config(group, param, override)
+            op = changes.kind(config, param).op
+            report.append(
+                dict(
+                    name=name,
+                    shape=tuple(param.shape),
+                    numel=param.numel(),
+                    bits=op.stored[0].format.bits if op.stored else None,
+                    format=op.stored[0].format.name if op.stored else None,
+                    reason=_reason(op, config, {"optim_bits", "states"} & override.keys()),
+                    bytes_per_param=op.bytes_per_param(param.numel()),
+                )
+            )
+    return report
+
+
+def _reason(op: StepOp, config: dict[str, Any], overridden: set[str]) -> str:
+    """Why a parameter has states of so many bits."""
+    if not op.stored:
+        return "the algorithm keeps no states"
+    asked = (
+        f"optim_bits={config['optim_bits']}" if config["states"] is None else f"states={config['states']!r}"
+    )
+    by = " by an override" if overridden else ""
+    wanted = config["states"] or {8: "dynamic8", 32: "float32"}[config["optim_bits"]]
+    if bits_of(wanted) > 8:
+        return asked + by
+    least = f"min_8bit_size={config['min_8bit_size']} elements"
+    return f"{asked} and at least {least}" if op.stored[0].format.name == wanted else f"fewer than {least}"

@@ -1,0 +1,229 @@
+"""A rule's functions as graphs, and which operations they may have.
+
+A lowering prints these graphs (`lowering.printer`), so a rule may only use what every language has: see
+`OPERATIONS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import keyword
+import re
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .rounding import round_bits
+from .rule import Rule
+from .trust import trust_ratio
+
+aten = torch.ops.aten
+
+#: What a rule may use, by the name that a dialect gives it. The first group is for numbers, the second for
+#: the integers of `rounding`.
+OPERATIONS: dict[Any, str] = {
+    aten.add.Tensor: "add",
+    aten.sub.Tensor: "sub",
+    aten.mul.Tensor: "mul",
+    aten.div.Tensor: "div",
+    aten.neg.default: "neg",
+    aten.abs.default: "abs",
+    aten.reciprocal.default: "reciprocal",
+    aten.sqrt.default: "sqrt",
+    aten.rsqrt.default: "rsqrt",
+    aten.floor.default: "floor",
+    aten.sign.default: "sign",
+    aten.exp.default: "exp",
+    aten.log.default: "log",
+    aten.pow.Tensor_Tensor: "pow",
+    aten.pow.Scalar: "pow",
+    aten.pow.Tensor_Scalar: "pow",
+    aten.minimum.default: "minimum",
+    aten.maximum.default: "maximum",
+    aten.where.self: "where",
+    aten.gt.Tensor: "gt",
+    aten.gt.Scalar: "gt",
+    aten.ge.Tensor: "ge",
+    aten.ge.Scalar: "ge",
+    aten.lt.Tensor: "lt",
+    aten.lt.Scalar: "lt",
+    aten.le.Tensor: "le",
+    aten.le.Scalar: "le",
+    aten.eq.Tensor: "eq",
+    aten.eq.Scalar: "eq",
+    aten.bitwise_and.Scalar: "and",
+    aten.bitwise_xor.Tensor: "xor",
+    aten.bitwise_right_shift.Tensor_Scalar: "shift",
+}
+OF_INTEGERS = {"and", "xor", "shift"}
+#: Made of the others before the graph is looked at.
+_CONSTANTS = (
+    aten.ones_like.default,
+    aten.zeros_like.default,
+    aten.full_like.default,
+    aten.full.default,
+    aten.scalar_tensor.default,
+)
+#: Names that printed functions have for themselves, beside t0, t1, ...
+RESERVED = frozenset(
+    "param grad state states s hyper step out FAST div sqrt tl triton V I std at auto bool break case char class "
+    "const default delete do double else enum extern float for goto if inline int long namespace new operator "
+    "private public register return short signed sizeof static struct switch template this typedef union "
+    "unsigned using virtual void volatile while".split()
+)
+
+#: make_fx patches torch while it traces, so one thread traces at a time.
+TRACING = threading.RLock()
+
+
+def _rsub(a: torch.Tensor, b: Any, alpha: float = 1) -> torch.Tensor:
+    a = a if alpha == 1 else a * alpha
+    return torch.sub(torch.full_like(a, b) if isinstance(b, (int, float)) else b, a)
+
+
+def _clamp(x: torch.Tensor, least: Any = None, most: Any = None) -> torch.Tensor:
+    for bound, limit in ((least, torch.maximum), (most, torch.minimum)):
+        if bound is not None:
+            x = limit(x, torch.full_like(x, bound) if isinstance(bound, (int, float)) else bound)
+    return x
+
+
+def _pow(x: torch.Tensor, exponent: float) -> Any:
+    whole = int(exponent) if abs(exponent) <= 16 and exponent == int(exponent) else None
+    if whole is None:
+        return {0.5: torch.sqrt, -0.5: torch.rsqrt}.get(exponent, lambda x: NotImplemented)(x)
+    if whole < 0:
+        return _pow(x, -whole).reciprocal()
+    product = torch.ones_like(x)
+    for bit in f"{whole:b}":
+        product = product * product * x if bit == "1" else product * product
+    return product
+
+
+_DECOMPOSITIONS = {
+    aten.rsub.Scalar: _rsub,
+    aten.rsub.Tensor: _rsub,
+    aten.pow.Tensor_Scalar: _pow,
+    aten.square.default: lambda x: x * x,
+    aten.lerp.Scalar: lambda a, b, weight: a + weight * (b - a),
+    aten.lerp.Tensor: lambda a, b, weight: a + weight * (b - a),
+    aten.clamp.default: _clamp,
+    aten.clamp.Tensor: _clamp,
+    aten.clamp_min.default: _clamp,
+    aten.clamp_max.default: lambda x, most: _clamp(x, None, most),
+}
+
+
+def trace(function: Callable[..., Sequence[torch.Tensor]], count: int, dtype: torch.dtype) -> torch.fx.Graph:
+    """Graph of an elementwise function.
+
+    Args:
+        function: Takes `count` tensors and returns a sequence of tensors.
+        count: Number of arguments.
+        dtype: Of the arguments.
+
+    Returns:
+        torch.fx.Graph: One placeholder for each argument; the output is a tuple. Every operation is one of
+        `OPERATIONS`, or makes a constant.
+
+    Raises:
+        NotImplementedError: If the function uses something else.
+    """
+    with TRACING:
+        example = [torch.empty((), dtype=dtype) for _ in range(count)]
+        module = make_fx(lambda *args: tuple(function(*args)), _DECOMPOSITIONS, tracing_mode="fake")(*example)
+    module.graph.eliminate_dead_code()
+    for node in module.graph.nodes:
+        if node.op != "call_function" or is_constant(node):
+            continue
+        if node.target not in OPERATIONS or node.kwargs:
+            raise NotImplementedError(
+                f"{node.format_node()}: a rule may use {', '.join(sorted({*OPERATIONS.values()} - OF_INTEGERS))}"
+            )
+    return module.graph
+
+
+def is_constant(node: torch.fx.Node) -> bool:
+    """Whether a node makes a tensor of one number."""
+    return node.target in _CONSTANTS
+
+
+def constant_of(node: torch.fx.Node) -> float:
+    """The number of which a node makes a tensor."""
+    if node.target is aten.ones_like.default:
+        return 1.0
+    if node.target is aten.zeros_like.default:
+        return 0.0
+    return node.args[0 if node.target is aten.scalar_tensor.default else 1]
+
+
+class TracedRule(NamedTuple):
+    """The two functions of a rule as graphs.
+
+    Attributes:
+        scalars: ``(*hyper, step) -> scalars``, float64.
+        update: ``(param, grad, *states, *scalars) -> (param, *states)``, float32.
+        direction: ``(param, grad, *states, *scalars) -> (direction, *states)``, float32.
+        scalar_names: Of the scalars.
+    """
+
+    scalars: torch.fx.Graph
+    update: torch.fx.Graph
+    direction: torch.fx.Graph
+    scalar_names: tuple[str, ...]
+
+
+@functools.cache
+def trace_rule(rule: Rule) -> TracedRule:
+    """Trace a rule and check it.
+
+    Raises:
+        NotImplementedError: If it uses an operation that some language does not have.
+        ValueError: If a name cannot be used, or a scalar that every rule needs is missing.
+    """
+    hyper, states = len(rule.hyper._fields), len(rule.states)
+    with TRACING:
+        shared = rule.scalars(rule.hyper(*[torch.zeros(())] * hyper), torch.ones(()))
+    of_states = [state.name for state in rule.states]
+    for name in (*rule.hyper._fields, *shared._fields, *of_states):
+        if name in RESERVED or re.fullmatch(r"t\d+", name) or not _is_name(name):
+            raise ValueError(f"rule {rule.name}: {name!r} cannot be a name, use another one")
+    twice = {name for name in of_states if [*of_states, *shared._fields].count(name) > 1}
+    if twice:
+        raise ValueError(f"rule {rule.name}: {sorted(twice)} are names of two states, or of a scalar too")
+    missing = {"keep", "step_size", "unit"} - {*shared._fields}
+    if missing:
+        raise ValueError(f"rule {rule.name}: scalars has no {sorted(missing)}, only {list(shared._fields)}")
+
+    def of_elements(function: Callable[..., Sequence[torch.Tensor]]) -> torch.fx.Graph:
+        return trace(
+            lambda *a: function(*a[: 2 + states], shared._make(a[2 + states :])),
+            2 + states + len(shared),
+            torch.float32,
+        )
+
+    return TracedRule(
+        trace(lambda *a: rule.scalars(rule.hyper(*a[:-1]), a[-1]), hyper + 1, torch.float64),
+        of_elements(rule.update),
+        of_elements(rule.direction),
+        shared._fields,
+    )
+
+
+def _is_name(text: str) -> bool:
+    return text.isidentifier() and text.isascii() and not keyword.iskeyword(text)
+
+
+@functools.cache
+def trace_trust_ratio() -> torch.fx.Graph:
+    """``(max_unorm, param_norm, update_norm) -> (ratio,)``, float64."""
+    return trace(lambda *a: (trust_ratio(*a),), 3, torch.float64)
+
+
+@functools.cache
+def trace_round_bits() -> torch.fx.Graph:
+    """``(bits, index, step) -> (bits,)``, int32."""
+    return trace(lambda *a: (round_bits(*a),), 3, torch.int32)

@@ -1,0 +1,226 @@
+"""Reading a saved state: what bitsandbytes or this package saved, checked before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..formats import FORMATS, Stored
+from ..rules import Rule, State
+from ..validate import number
+
+#: bitsandbytes 0.49.2 and later keep the tensors of a parameter under this key.
+_NESTED = "__bnb_optimizer_quant_state__"
+MOST_STEPS = 2**31 - 1  # as bitsandbytes counts them
+RING = 100  # entries of gnorm_vec
+
+#: Which states of a rule each number in bitsandbytes' keys stands for: state1, state2, ...
+Numbers = tuple[tuple[int, ...], ...]
+
+
+class SavedState(NamedTuple):
+    """The state of a parameter, checked.
+
+    Attributes:
+        step: Steps taken, a number or a tensor.
+        entry: What was saved, flat, with a key for each of the rule's states by itself: state1, state2, ...
+        gnorm: (100,) squared gradient norms, or None.
+    """
+
+    step: Any
+    entry: Mapping[str, Any]
+    gnorm: Tensor | None = None
+
+    def parts(self, stored: Stored, numel: int) -> dict[str, Tensor]:
+        """The tensors of some states in their format: those that were saved, or converted ones."""
+        number = stored.states[0] + 1
+        parts = stored.format.parts_of(self.entry, number, numel)
+        return parts if parts is not None else stored.format.store(self.values(stored, numel))
+
+    def values(self, stored: Stored, numel: int) -> list[Tensor]:
+        """The values of some states, (numel,) float32 each."""
+        return [decode(self.entry, k, numel) for k in stored.states]
+
+
+def decode(entry: Mapping[str, Any], state: int, numel: int) -> Tensor:
+    """A state of a parameter, whatever format it was saved in.
+
+    Args:
+        entry: As of `SavedState`.
+        state: Which of the rule's, counted from 0.
+        numel: Of the parameter.
+
+    Returns:
+        Tensor: (numel,) float32.
+
+    Raises:
+        ValueError: If it is damaged, or in no format that is known.
+    """
+    for choose in FORMATS.values():
+        (stored,) = choose([State("any")])
+        values = stored.format.decode_saved(entry, state + 1, numel)
+        if values is not None:
+            return values[0]
+    raise ValueError(f"state{state + 1} is {entry[f'state{state + 1}'].dtype}, which no format has")
+
+
+def is_own_key(key: Any) -> bool:
+    """Whether a key of an entry is of this package or bitsandbytes, and no user's."""
+    stems = {stem for choose in FORMATS.values() for stem in choose([State("any")])[0].format.keys}
+    plain = ("step", "gnorm_vec", "unorm_vec", _NESTED)
+    return key in plain or str(key).rstrip("0123456789") in stems
+
+
+def flatten(saved: Any) -> dict[str, Any]:
+    """A parameter's entry in a state dict without bitsandbytes' nesting.
+
+    Raises:
+        ValueError: If it is no dict.
+    """
+    nested = saved.get(_NESTED, {}) if isinstance(saved, Mapping) else None
+    if not isinstance(nested, Mapping):
+        raise ValueError(f"the state of a parameter must be a dict, got {saved!r}")
+    return {key: value for key, value in {**saved, **nested}.items() if key != _NESTED}
+
+
+def unpack(entry: Mapping[str, Any], numbers: Numbers, shape: torch.Size, where: str) -> dict[str, Any]:
+    """An entry with a number in its keys for each state, where bitsandbytes has one number for several.
+
+    Raises:
+        ValueError: If what stands for several states has not one of each.
+    """
+    states = sum(map(len, numbers))
+    if all(len(members) == 1 for members in numbers) or f"state{states}" in entry:
+        return dict(entry)
+    unpacked = {key: value for key, value in entry.items() if not key[-1:].isdigit()}
+    for n, members in enumerate(numbers, 1):
+        for name in {key.rstrip("0123456789") for key in entry if key.endswith(str(n))}:
+            value = entry[f"{name}{n}"]
+            together = len(members) > 1 and isinstance(value, Tensor) and name != "qmap"
+            if together and (not value.dim() or len(value) != len(members)):
+                raise ValueError(
+                    f"{where}: {name}{n} has shape {tuple(value.shape)}, must have {len(members)} rows, one for "
+                    f"each of its states"
+                )
+            for j, k in enumerate(members):
+                unpacked[f"{name}{k + 1}"] = value[j] if together else value
+    return unpacked
+
+
+def match_groups(
+    groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[Any, Tensor]]:
+    """Match saved groups with the optimizer's.
+
+    Args:
+        groups: The optimizer's groups.
+        state_dict: The saved state.
+
+    Returns:
+        tuple: New contents of every group, where keys that were not saved keep their values; and the
+        parameter of each saved index.
+
+    Raises:
+        ValueError: If groups or parameters are not as many as saved, or something is missing.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"a state dict must be a dict, got {state_dict!r}")
+    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if key not in state_dict:
+            raise ValueError(f"no {key!r} in the state dict, only {sorted(map(str, state_dict))}")
+        if not isinstance(state_dict[key], kind):
+            raise ValueError(f"{key!r} of the state dict is {state_dict[key]!r}, must be a {kind.__name__}")
+    saved_groups = state_dict["param_groups"]
+    if len(saved_groups) != len(groups):
+        raise ValueError(
+            "loaded state dict has a different number of parameter groups: "
+            f"{len(saved_groups)}, the optimizer has {len(groups)}"
+        )
+    contents: list[dict[str, Any]] = []
+    params: dict[Any, Tensor] = {}
+    for k, (group, saved) in enumerate(zip(groups, saved_groups)):
+        if not isinstance(saved, Mapping) or not isinstance(saved.get("params"), Sequence):
+            raise ValueError(f"group {k} has no list of 'params', it is {saved!r}")
+        if len(saved["params"]) != len(group["params"]):
+            raise ValueError(
+                "loaded state dict contains a parameter group that doesn't match the size of optimizer's "
+                f"group: group {k} has {len(saved['params'])} parameters, the optimizer's has "
+                f"{len(group['params'])}"
+            )
+        own = copy.deepcopy({key: value for key, value in saved.items() if key != "params"})
+        contents.append({**group, **own, "params": group["params"]})
+        params.update(zip(saved["params"], group["params"]))
+    unknown = [key for key in state_dict["state"] if key not in params]
+    if unknown:
+        raise ValueError(f"the state dict has states of {unknown}, which are in none of its groups")
+    return contents, params
+
+
+def read_state(
+    rule: Rule, numbers: Numbers, key: Any, param: Tensor, saved: Any, check: bool = True
+) -> SavedState:
+    """Read and check the saved state of a parameter.
+
+    Args:
+        rule: The optimizer's.
+        numbers: How bitsandbytes numbers its states.
+        key: The saved index, for messages.
+        param: The parameter.
+        saved: Its entry in the state dict.
+        check: Whether to look at values, which takes a pass over them; shapes are always checked.
+
+    Returns:
+        SavedState: What was saved; the tensors are those of `saved`.
+
+    Raises:
+        ValueError: If an entry is missing, damaged, or does not fit to the parameter.
+    """
+    where = f"state of parameter {key}, shape {tuple(param.shape)}"
+    entry = unpack(flatten(saved), numbers, param.shape, where)
+    look = check and not backends.replaces_tensors()
+    for k, state in enumerate(rule.states):
+        name = f"state{k + 1}"
+        if not isinstance(entry.get(name), Tensor):
+            raise ValueError(f"{where}: {name} ({state.name}) must be a tensor, got {entry.get(name)!r}")
+        if entry[name].shape != param.shape:
+            raise ValueError(f"{where}: {name} ({state.name}) has shape {tuple(entry[name].shape)}")
+        if not look:
+            continue
+        try:
+            values = decode(entry, k, param.numel())
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if state.nonnegative and values.numel() and bool((values < 0).any()):
+            raise ValueError(
+                f"{where}: {name} ({state.name}) is negative, the least is {values.min().item()}"
+            )
+    if f"state{len(rule.states) + 1}" in entry:
+        raise ValueError(
+            f"{where}: has {sorted(entry)}, but {rule.name} keeps {len(rule.states)} states: it is "
+            "another algorithm's"
+        )
+    gnorm = entry.get("gnorm_vec")
+    if gnorm is not None:
+        if not isinstance(gnorm, Tensor) or gnorm.shape != (RING,) or gnorm.device.type == "meta":
+            raise ValueError(
+                f"{where}: gnorm_vec must be a tensor of shape ({RING},) with values, got {gnorm!r}"
+            )
+        if look and not bool((gnorm >= 0).all() & gnorm.isfinite().all()):
+            raise ValueError(f"{where}: gnorm_vec has values that are negative or not finite: {gnorm}")
+    return SavedState(_steps(entry.get("step"), where), entry, gnorm)
+
+
+def _steps(step: Any, where: str) -> Any:
+    if isinstance(step, Tensor) and backends.replaces_tensors():
+        return step
+    if isinstance(step, Tensor) and step.device.type == "meta":
+        raise ValueError(f"{where}: step is on the meta device and has no value")
+    steps = number(f"step in the {where}", step)
+    if not 0 <= steps <= MOST_STEPS or steps != int(steps):
+        raise ValueError(f"{where}: step is {steps}, must be a whole number up to {MOST_STEPS}")
+    return int(steps)
