@@ -26,17 +26,14 @@ class AbstractLauncher:
         #: What the kernel takes after parameters and gradients, by name.
         self.tensors = a.tensors(op)
 
-    def __call__(self, grads: Sequence[Tensor | None]) -> None:
+    def __call__(self, grads: Sequence[Tensor | None], dtype: torch.dtype) -> None:
         """Update the parameters that have a gradient.
 
         Args:
-            grads: For each parameter None or a gradient of its shape, on its device, with memory of its own; all
-                are of one dtype.
+            grads: For each parameter None or a gradient of its shape, on its device, with memory of its own; at
+                least one of them.
+            dtype: Of all gradients.
         """
-        dtypes = {grad.dtype for grad in grads if grad is not None}
-        if not dtypes:
-            return
-        (dtype,) = dtypes
         self.launch(grads, dtype)
         backends.counts["kernel"] += 1
         # As after any write in place, so that autograd notices if it still needs the old values.
@@ -61,7 +58,7 @@ class AbstractLauncher:
         """Run the kernel.
 
         Args:
-            grads: As of a call, at least one of them.
+            grads: As of a call.
             dtype: Of the gradients.
         """
         raise NotImplementedError
@@ -73,7 +70,12 @@ def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     Raises:
         ValueError: If a tensor has elements but no memory.
     """
-    found = [0 if x is None else x.data_ptr() or 1 for x in tensors]
+    if id(None) in map(id, tensors):
+        found = [0 if x is None else x.data_ptr() or 1 for x in tensors]
+    else:
+        found = list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+        if 0 in found:
+            found = [address or 1 for address in found]
     if 1 in found:
         for k, (x, address) in enumerate(zip(tensors, found)):
             if address == 1 and x is not None and x.numel():

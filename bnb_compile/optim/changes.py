@@ -88,7 +88,7 @@ class Changes(OpaqueBase):
         self._seen: Any = None  # what the structure was formed from
         self._placed: list[Tensor] = []
         self._specs: list[Any] = []
-        self._addresses: list[Any] = []
+        self._addresses: Any = None
         self._waiting: list[Tensor] = []  # parameters of groups that had no gradient to wait for
 
     def __deepcopy__(self, memo: Any) -> Changes:
@@ -156,8 +156,8 @@ class Changes(OpaqueBase):
             return "a parameter has another shape, dtype or device"
         if any(param.requires_grad or param.grad is not None for param in self._waiting):
             return "a parameter without a state has a gradient, or requires one"
-        if not backends.replaces_tensors() and list(map(_address, self._placed)) != self._addresses:
-            self._addresses = list(map(_address, self._placed))
+        if not backends.replaces_tensors() and _addresses(self._placed) != self._addresses:
+            self._addresses = _addresses(self._placed)
             current = [structure.places[id(param)].bucket.kind.wave for param in self._placed]
             if _waves(self._placed) != current:
                 return "parameters overlap"
@@ -231,7 +231,7 @@ class Changes(OpaqueBase):
         self._seen = facts
         self._placed = [w.param for w in wanted]
         self._specs = list(map(_SPECS, self._placed))
-        self._addresses = [] if backends.replaces_tensors() else list(map(_address, self._placed))
+        self._addresses = None if backends.replaces_tensors() else _addresses(self._placed)
         self._waiting = [
             param
             for group in optimizer.param_groups
@@ -357,8 +357,11 @@ def _tensors(key: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x for x in key if isinstance(x, tuple))
 
 
-def _address(param: Tensor) -> Any:
-    return param.data_ptr(), param.stride()
+def _addresses(params: list[Tensor]) -> Any:
+    """Where parameters are in memory: addresses, and the strides of those that are not contiguous."""
+    contiguous = list(map(Tensor.is_contiguous, params))
+    strides = None if all(contiguous) else [param.stride() for param in params]
+    return list(map(Tensor.data_ptr, params)), strides
 
 
 def _waves(params: list[Tensor]) -> list[int]:

@@ -181,7 +181,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 result = closure()
         self._changes.prepare()
         structure = self.structure
-        grads = [collect(bucket.params, bucket.idle) for bucket in structure.buckets]
+        grads = [collect(bucket.params, bucket.specs, bucket.idle) for bucket in structure.buckets]
         for view, given in structure.links:
             view.copy_(given)
         tensors = [of_bucket.tensors for of_bucket in grads]

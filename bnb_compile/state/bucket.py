@@ -76,7 +76,8 @@ class Bucket:
         names: Mapping[str, str] | None = None,
     ) -> None:
         self.kind, self.op, self.params = kind, kind.op, params
-        self.shapes = [param.shape for param in params]
+        #: What the gradients must be like.
+        self.specs = [(param.shape, kind.device, torch.strided) for param in params]
         self.device, self.overload = kind.device, kind.op.in_place
         self.numbers, self._names = numbers, names or {}
         places = layout(param.numel() for param in params)
@@ -225,7 +226,7 @@ class Bucket:
             paging.prefetch(self.arenas, self.device)
         for dtype in grads.dtypes:
             if compiled:
-                self._launcher(grads.of(dtype))
+                self._launcher(grads.of(dtype), dtype)
             else:
                 self.overload(
                     self.params,

@@ -99,7 +99,7 @@ class Structure:
     @staticmethod
     def _moved(place: Place) -> bool:
         bucket, k = place
-        return bucket.params[k].shape != bucket.shapes[k]
+        return bucket.params[k].shape != bucket.specs[k][0]
 
     def form(self, wanted: Sequence[Wanted], link: bool = False) -> None:
         """Give every parameter its place; states are kept, and converted where they must be.

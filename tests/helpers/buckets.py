@@ -80,7 +80,10 @@ class Bucket(NamedTuple):
 
     def launch(self, launcher: type, op: StepOp) -> None:
         """Step by a Launcher."""
-        launcher(op, Arguments.of(self.arguments, self.options))(self.grads)
+        dtypes = {grad.dtype for grad in self.grads if grad is not None}
+        launch = launcher(op, Arguments.of(self.arguments, self.options))
+        for dtype in dtypes:
+            launch(self.grads, dtype)
 
 
 def make(
