@@ -1,5 +1,5 @@
 import torch
-from reference import Adagrad, OptTest
+from helpers.formulas import Adagrad, OptTest
 
 from bnb_compile import optim
 

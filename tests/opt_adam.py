@@ -1,5 +1,5 @@
 import torch
-from reference import Adam, OptTest
+from helpers.formulas import Adam, OptTest
 
 from bnb_compile import optim
 

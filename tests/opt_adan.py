@@ -1,4 +1,4 @@
-from reference import OptTest, Reference
+from helpers.formulas import OptTest, Reference
 
 from bnb_compile import optim
 

@@ -1,4 +1,4 @@
-from reference import AdEMAMix, OptTest
+from helpers.formulas import AdEMAMix, OptTest
 
 from bnb_compile import optim
 

@@ -1,4 +1,4 @@
-from reference import LAMB, OptTest
+from helpers.formulas import LAMB, OptTest
 
 from bnb_compile import optim
 

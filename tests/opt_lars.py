@@ -1,4 +1,4 @@
-from reference import LARS, OptTest
+from helpers.formulas import LARS, OptTest
 
 from bnb_compile import optim
 

@@ -1,4 +1,4 @@
-from reference import Lion, OptTest
+from helpers.formulas import Lion, OptTest
 
 from bnb_compile import optim
 

@@ -1,5 +1,5 @@
 import torch
-from reference import OptTest, RMSprop
+from helpers.formulas import OptTest, RMSprop
 
 from bnb_compile import optim
 

@@ -1,5 +1,5 @@
 import torch
-from reference import SGD, OptTest
+from helpers.formulas import SGD, OptTest
 
 from bnb_compile import optim
 

@@ -725,7 +725,7 @@ def test_paged_classes_are_ordinary_ones_on_a_cpu(name):
 
 
 def test_paged_states_on_a_cpu_warn_once_in_a_process():
-    options_module.has_managed_memory.cache_clear()
+    paging.available.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for name in ("Adam8bit", "AdamW", "Lion"):
@@ -741,7 +741,7 @@ def test_paged_states_on_a_cpu_warn_once_in_a_process():
 
 
 def test_ordinary_states_do_not_warn_about_paging():
-    options_module.has_managed_memory.cache_clear()
+    paging.available.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run("Adam8bit")
@@ -817,5 +817,5 @@ def test_compile_decides_what_runs_the_step():
         train(optimizer, mine)
     for param, other in zip(params, others):
         torch.testing.assert_close(param, other, rtol=1e-4, atol=1e-5)
-    assert all(bucket._compiled is not None for bucket in compiled._buckets)
-    assert all(bucket._compiled is None for bucket in eager._buckets)
+    assert all(bucket._launcher is not None for bucket in compiled.structure.buckets)
+    assert all(bucket._launcher is None for bucket in eager.structure.buckets)

@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from reference import LAMB, LARS, AdEMAMix
+from helpers.formulas import LAMB, LARS, AdEMAMix
 from torch import nn
 
 from bnb_compile import optim

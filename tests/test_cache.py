@@ -17,7 +17,7 @@ import bnb_compile
 PROGRAM = """
 import json, torch
 from torch._dynamo.utils import counters
-from bnb_compile.ops.step import STEP_OPS
+from helpers.buckets import STEP_OPS
 
 op = STEP_OPS["adam", 32]
 
@@ -32,10 +32,10 @@ through_inductor, through_launch = arguments(), arguments()
 torch.compile(step, fullgraph=True)(*through_inductor)
 hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
 
-from bnb_compile.lowering.cpp.launch import CompiledStep
+from bnb_compile.lowering.cpp.launch import Launcher
 
 params, grads, *rest = through_launch
-CompiledStep(op, params, *rest)(grads)
+Launcher(op, params, *rest)(grads)
 results = [[round(a[0][0][0].item(), 4), a[3].item()] for a in (through_inductor, through_launch)]
 print(json.dumps(dict(results=results, hits=hits, file=op.rule.update.__code__.co_filename)))
 """

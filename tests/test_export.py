@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bnb_compile.ops.arena import layout
-from bnb_compile.ops.step import STEP_OPS
+from bnb_compile.formats import layout
+from helpers.buckets import STEP_OPS
 
 NUMELS = (5000, 257, 1)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from buckets import Bucket, assert_close
+from helpers.buckets import Bucket, assert_close
 from test_triton import CASES, made
 from torch import Tensor, nn
 
-from bnb_compile.ops.step import StepOp
+from bnb_compile.ops.operator import StepOp
 from bnb_compile.optim import AdamW8bit, AdamW32bit
 
 pytestmark = pytest.mark.gpu
@@ -41,9 +41,9 @@ def through_inductor(op: StepOp, bucket: Bucket) -> None:
 
 
 def through_launch(op: StepOp, bucket: Bucket) -> None:
-    from bnb_compile.lowering.triton.launch import TritonStep
+    from bnb_compile.lowering.triton.launch import Launcher
 
-    bucket.launch(TritonStep, op)
+    bucket.launch(Launcher, op)
 
 
 @pytest.mark.parametrize("run", [through_inductor, through_launch], ids=["inductor", "launch"])

@@ -22,7 +22,7 @@ from torch._dynamo.testing import CompileCounter
 from bnb_compile import optim
 from bnb_compile.lowering.cpp.launch import compile_kernel
 from bnb_compile.optim import SGD, AdamW, AdEMAMix, GlobalOptimManager, Lion, Optimizer8bit, RMSprop
-from bnb_compile.optim.checkpoint import flatten
+from bnb_compile.state.checkpoint import flatten
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # for small tensors more threads cost more than they do
 
@@ -400,7 +400,7 @@ def test_states_may_move_away_and_back_between_steps(move, no_new_kernels):
         for ps, o in ((params, optimizer), (others, plain)):
             give(ps, k)
             o.step()
-        arenas = [arena.data_ptr() for bucket in optimizer._buckets for arena in bucket.arenas]
+        arenas = [arena.data_ptr() for bucket in optimizer.structure.buckets for arena in bucket.arenas]
         assert addresses in (None, arenas)
         addresses = arenas
         move(optimizer)

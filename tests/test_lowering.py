@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from buckets import (
+from helpers.buckets import (
     EVERYTHING,
     EXPANDED,
     FEW_SIZES,
@@ -31,11 +31,13 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from bnb_compile.ops.blockwise import dequantize_op, quantize_op
-from bnb_compile.ops.step import GRAD_LIMIT, STEP_OPS, Modes, StepOp
+from bnb_compile.ops.operator import Modes, StepOp
+from bnb_compile.ops.step import GRAD_LIMIT
+from helpers.buckets import STEP_OPS
 
 BITS = pytest.mark.parametrize("bits", [8, 32])
 DTYPES = [*itertools.product((torch.float32, torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16))]
-TRUST = Modes(trust=True)
+TRUST = Modes(max_unorm=True)
 
 
 def _steps() -> dict[str, tuple[StepOp, Modes, torch.dtype, torch.dtype]]:
@@ -44,7 +46,7 @@ def _steps() -> dict[str, tuple[StepOp, Modes, torch.dtype, torch.dtype]]:
     for rule, bits in (("lamb", 8), ("sgd_plain", 32)):
         kinds += [(STEP_OPS[rule, bits], modes) for modes in (TRUST, EVERYTHING)]
     kinds.append((STEP_OPS["rmsprop_momentum", 8], Modes(block_wise=False)))
-    kinds.append((STEP_OPS["ademamix", 8], Modes(scaled=True, skip_zeros=True)))
+    kinds.append((STEP_OPS["ademamix", 8], Modes(grad_scale=True, skip_zeros=True)))
     return {
         f"{op.name}{''.join(f', {k}={v}' for k, v in modes._asdict().items() if v != getattr(Modes(), k))}": (
             op,
@@ -85,9 +87,9 @@ def through_inductor(op: StepOp, bucket: Bucket) -> str:
 
 def through_launch(op: StepOp, bucket: Bucket) -> str:
     """Run the kernel without a graph."""
-    from bnb_compile.lowering.cpp.launch import CompiledStep
+    from bnb_compile.lowering.cpp.launch import Launcher
 
-    bucket.launch(CompiledStep, op)
+    bucket.launch(Launcher, op)
     return ""
 
 
@@ -529,7 +531,7 @@ def test_not_finite_and_vanishing_blocks_in_compiled_code(signed: bool, numel: i
 
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 def test_every_midpoint_in_compiled_code(signed: bool) -> None:
-    from bnb_compile.ops.codebook import bounds, create_dynamic_map
+    from bnb_compile.formats.codebook import bounds, create_dynamic_map
 
     at = bounds(create_dynamic_map(signed))
     x = torch.cat([torch.nextafter(at, torch.full_like(at, end)) for end in (-2.0, 2.0)] + [at])
@@ -574,16 +576,16 @@ PORTABLE = """
 import sys
 sys.path.insert(0, {tests!r})
 import torch
-from buckets import make, assert_close
-from bnb_compile.lowering.cpp.launch import CompiledStep
-from bnb_compile.ops.step import STEP_OPS
+from helpers.buckets import make, assert_close
+from bnb_compile.lowering.cpp.launch import Launcher
+from helpers.buckets import STEP_OPS
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 assert {isa!r} in str(pick_vec_isa()).lower(), pick_vec_isa()
 op = STEP_OPS["adam", 8]
 expected, actual = (make(op, [(300,), (40, 70), (4096,)]) for _ in range(2))
 expected.call(op.in_place)
-actual.launch(CompiledStep, op)
+actual.launch(Launcher, op)
 assert_close(op, actual, expected)
 """
 

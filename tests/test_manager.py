@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bnb_compile import optim
-from bnb_compile.ops.blockwise import dequantize
+from bnb_compile.formats.dynamic8 import dequantize
 from bnb_compile.optim import GlobalOptimManager
 
 
@@ -226,17 +226,17 @@ def check_override(manager, name, given, override, as_arguments, when, steps=4):
 def test_an_override_is_an_argument_for_one_parameter(manager, name, given, override, as_arguments, when):
     """Made before or after the optimizer."""
     optimizer = check_override(manager, name, given, override, as_arguments, when)
-    places = [optimizer._buckets[:]]
+    places = [optimizer.structure.buckets[:]]
     train(optimizer, optimizer.param_groups[0]["params"], steps=1)
-    assert places == [optimizer._buckets]  # and nothing is formed anew at each step
+    assert places == [optimizer.structure.buckets]  # and nothing is formed anew at each step
 
 
 @effects(OTHER_STATES)
 def test_an_override_may_ask_for_other_states(manager, name, given, override, as_arguments):
     optimizer = check_override(manager, name, given, override, as_arguments, "before")
-    places = [optimizer._buckets[:]]
+    places = [optimizer.structure.buckets[:]]
     train(optimizer, optimizer.param_groups[0]["params"], steps=1)
-    assert places == [optimizer._buckets]
+    assert places == [optimizer.structure.buckets]
 
 
 @effects(EFFECTS)

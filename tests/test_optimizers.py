@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import all_families
+from helpers.formulas import all_families
 from torch import nn
 
 FAMILIES = all_families()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bnb_compile.optim import paging
-from bnb_compile.optim.paging import managed_zeros, prefetch, unavailable
+from bnb_compile.state.paging import managed_zeros, prefetch, unavailable
 
 GPU = torch.device("cuda", 1)
 STREAM = 0x5EED

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
-import fake_gpu
+from helpers import fake_gpu
 import pytest
 import torch
-from buckets import Bucket, copy, make
+from helpers.buckets import Bucket, copy, make
 from torch import nn
 
-from bnb_compile.ops.step import PARAM_DTYPES, STEP_OPS
+from bnb_compile.ops.step import PARAM_DTYPES
+from helpers.buckets import STEP_OPS
 from bnb_compile.optim import SGD, AdamW, AdEMAMix, Lion
 from bnb_compile.rules import round_bits
 

@@ -18,19 +18,20 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import fake_gpu
+from helpers import fake_gpu
 import pytest
 import torch
-from buckets import EVERYTHING, FEW_SIZES, SIZES, Awkward, Bucket, assert_close, awkward, copy, make
+from helpers.buckets import EVERYTHING, FEW_SIZES, SIZES, Awkward, Bucket, assert_close, awkward, copy, make
 from expecttest import assert_expected_inline
 from torch import Tensor
 
 import bnb_compile.lowering.triton as triton_lowering
 from bnb_compile.lowering.triton import device, print_rule
 from bnb_compile.ops.blockwise import dequantize_op, quantize_op
-from bnb_compile.ops.codebook import bounds, create_dynamic_map, nearest, outward_bounds
+from bnb_compile.formats.codebook import bounds, create_dynamic_map, nearest, outward_bounds
 from bnb_compile.ops.norms import norms_op
-from bnb_compile.ops.step import STEP_OPS, Modes, StepOp
+from bnb_compile.ops.operator import Modes, StepOp
+from helpers.buckets import STEP_OPS
 
 #: Bits, dtype of the parameters, dtype of the gradients.
 KINDS = [
@@ -48,10 +49,10 @@ NAMES = [f"{bits} bits, {p}, {g}".replace("torch.", "") for bits, p, g in KINDS]
 MODES = {
     ("lamb", 8): EVERYTHING,
     ("sgd_plain", 32): EVERYTHING,
-    ("lion", 8): Modes(trust=True),
-    ("ademamix", 32): Modes(trust=True, scaled=True),
+    ("lion", 8): Modes(max_unorm=True),
+    ("ademamix", 32): Modes(max_unorm=True, scaled=True),
     ("rmsprop_momentum", 8): Modes(block_wise=False),
-    ("adam", 8): Modes(scaled=True, skip_zeros=True),
+    ("adam", 8): Modes(grad_scale=True, skip_zeros=True),
 }
 
 
@@ -191,13 +192,13 @@ SCENARIOS = {
 
 
 def _run_scenarios(result: str) -> None:
-    """In a process with TRITON_INTERPRET=1: every step of all scenarios by TritonStep and by the operator."""
-    from bnb_compile.lowering.triton.launch import TritonStep
+    """In a process with TRITON_INTERPRET=1: every step of all scenarios by Launcher and by the operator."""
+    from bnb_compile.lowering.triton.launch import Launcher
 
     pairs: dict[str, list[tuple[Bucket, Bucket]]] = {}
     for name, (case, scenario, _) in SCENARIOS.items():
         op, bucket = CASES[case][0], made(case).bucket
-        launch = TritonStep(op, bucket.params, bucket.arenas, bucket.step, bucket.hyper, **bucket.options)
+        launch = Launcher(op, bucket.params, bucket.arenas, bucket.step, bucket.hyper, **bucket.options)
         pairs[name] = []
 
         def step(op=op, bucket=bucket, launch=launch, compared=pairs[name]) -> None:
@@ -224,7 +225,7 @@ def check_written_addresses(launch: Any) -> None:
 
 @pytest.fixture(scope="module")
 def launched() -> dict[str, list[tuple[Bucket, Bucket]]]:
-    """By scenario: for each step, the bucket after TritonStep and after the eager operator."""
+    """By scenario: for each step, the bucket after Launcher and after the eager operator."""
     with tempfile.TemporaryDirectory() as folder:
         result = os.path.join(folder, "result.pt")
         subprocess.run(
@@ -263,7 +264,7 @@ def test_tensors_without_vector_accesses_are_one_more_launch() -> None:
     assert launches(source) == [PREPARE, STEP, STEP]
 
 
-@pytest.mark.parametrize("modes", [EVERYTHING, Modes(trust=True), Modes(block_wise=False)], ids=str)
+@pytest.mark.parametrize("modes", [EVERYTHING, Modes(max_unorm=True), Modes(block_wise=False)], ids=str)
 @pytest.mark.parametrize("shapes", [[(64,)] * 4, [(64,), (63,), (8,), (7,)]], ids=["vectors", "irregular"])
 def test_a_step_of_two_phases_measures_and_finishes_before_it_updates(modes: Modes, shapes: list) -> None:
     count = 2 if (63,) in shapes else 1
@@ -273,7 +274,7 @@ def test_a_step_of_two_phases_measures_and_finishes_before_it_updates(modes: Mod
 
 
 def test_other_modes_are_the_same_launches() -> None:
-    source = emit(adam(8), make(adam(8), [(64,)] * 4, modes=Modes(scaled=True, skip_zeros=True)))
+    source = emit(adam(8), make(adam(8), [(64,)] * 4, modes=Modes(grad_scale=True, skip_zeros=True)))
     assert launches(source) == [PREPARE, STEP]
 
 

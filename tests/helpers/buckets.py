@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bnb_compile.formats import layout
 from bnb_compile.ops.operator import Arguments, Modes, StepOp
-from bnb_compile.rules import RMSPROP
+from bnb_compile.ops.step import step_op
+from bnb_compile.rules import ALL, RMSPROP
 
 #: Tensors with values in another than row-major order, or with gaps between them.
 STRIDED: dict[str, Callable[[], Tensor]] = {
@@ -127,7 +128,7 @@ def make(
             x = 0.1 * torch.rand(shape)
             for row, stored in zip(x, (s for s in op.stored if arena.name.startswith(s.format.name))):
                 if op.rule.states[stored.states[0]].nonnegative:
-                    row.pow_(4)
+                    row.mul_(10).pow_(4).mul_(0.1)
                 elif arena.part.per == 1:
                     row.mul_(torch.randn(shape[1]).sign())
             x = x.to(arena.part.dtype)
@@ -231,3 +232,16 @@ def assert_close(op: StepOp, actual: Bucket, expected: Bucket, rate: float = 1e-
                 rtol = 1e-5 if arena.part.dtype == torch.float32 else tolerance[arena.part.dtype]
                 torch.testing.assert_close(x, y, rtol=rtol, atol=1e-6 * largest)
     assert torch.equal(actual.step, expected.step)
+
+
+#: Every rule with 8-bit and with 32-bit states, by the rule's name and the number of bits.
+STEP_OPS = {
+    (rule.name, bits): step_op(rule, format)
+    for rule in ALL
+    for bits, format in ((8, "dynamic8"), (32, "float32"))
+    if rule.states or bits == 32
+}
+
+
+def bits_of(op: StepOp) -> int:
+    return op.stored[0].format.bits if op.stored else 32

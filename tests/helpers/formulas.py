@@ -227,6 +227,29 @@ class OptTest:
 
 
 def all_families() -> list[OptTest]:
-    """The `TEST` of each opt_*.py here."""
-    names = sorted(path.stem for path in Path(__file__).parent.glob("opt_*.py"))
+    """The `TEST` of each opt_*.py."""
+    names = sorted(path.stem for path in Path(__file__).parents[1].glob("opt_*.py"))
     return [importlib.import_module(name).TEST for name in names]
+
+
+def of_rule(name: str) -> type[Reference]:
+    """The formula of a rule."""
+    families = {family.name: family.plain for family in all_families()}
+    return families[name.removesuffix("_amsgrad").removesuffix("_plain").partition("_")[0]]
+
+
+def arguments_of(name: str, hyper: dict[str, float]) -> dict[str, Any]:
+    """What a formula takes, of the values of its rule's hyperparameters."""
+    found: dict[str, Any] = dict(hyper)
+    betas = [found.pop(beta) for beta in ("beta1", "beta2", "beta3") if beta in found]
+    if betas:
+        found["betas"] = betas
+    for flag in ("nesterov", "bias_correction", "adam_w_mode"):
+        if flag in found:
+            found[flag] = bool(found[flag])
+    if "_amsgrad" in name:
+        found["amsgrad"] = True
+    if name.startswith("rmsprop"):
+        found["centered"] = "centered" in name
+        found["momentum"] *= "momentum" in name
+    return found
