@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from bnb_compile import optim
-from bnb_compile.optim import options as options_module
 
 # -- bitsandbytes' signatures, after `params` ----------------------------------------------------
 

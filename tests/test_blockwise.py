@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bnb_compile.ops.blockwise import dequantize_op, quantize_op
 from bnb_compile.formats.codebook import create_dynamic_map
+from bnb_compile.ops.blockwise import dequantize_op, quantize_op
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bnb_compile.ops import codebook
+from bnb_compile.formats import codebook
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 

@@ -7,11 +7,11 @@ import io
 
 import pytest
 import torch
+from helpers.buckets import STEP_OPS
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bnb_compile.formats import layout
-from helpers.buckets import STEP_OPS
 
 NUMELS = (5000, 257, 1)
 
@@ -24,13 +24,13 @@ def arguments(op, trust):
     torch.manual_seed(0)
     params = [torch.randn(n) for n in NUMELS]
     grads = [torch.randn(n) for n in NUMELS]
-    sizes = op.arena_sizes(layout(NUMELS))
-    arenas = [torch.zeros(size, dtype=dtype) for (_, dtype), size in zip(op.arenas, sizes)]
+    shapes = op.shapes(layout(NUMELS))
+    arenas = [torch.zeros(shape, dtype=arena.part.dtype) for arena, shape in zip(op.arenas, shapes)]
     hyper = torch.tensor([[1e-2, 0.9, 0.999, 1e-8, 0.1]], dtype=torch.float64).repeat(len(NUMELS), 1)
     options = {}
     if trust:
         options = {"max_unorm": torch.tensor([0.01, 0.0, 10.0]), "block_wise": False}
-    return params, grads, arenas, torch.zeros(len(NUMELS)), hyper, options
+    return params, grads, arenas, torch.zeros(len(NUMELS), dtype=torch.int64), hyper, options
 
 
 class Functional(nn.Module):
@@ -61,12 +61,13 @@ class InPlace(nn.Module):
         self.register_buffer("hyper", hyper)
         if trust:
             self.register_buffer("max_unorm", self.options.pop("max_unorm"))
+            self.register_buffer("unorm", torch.zeros(len(NUMELS)))
 
     def forward(self, *grads):
         params = [getattr(self, f"param{k}") for k in range(len(NUMELS))]
         arenas = [getattr(self, f"arena{k}") for k in range(self.count)]
-        limit = getattr(self, "max_unorm", None)
-        self.op(params, list(grads), *arenas, self.step, self.hyper, max_unorm=limit, **self.options)
+        limits = {name: getattr(self, name, None) for name in ("max_unorm", "unorm")}
+        self.op(params, list(grads), *arenas, self.step, self.hyper, **limits, **self.options)
         return params[0].sum()
 
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from expecttest import assert_expected_inline
 from helpers.buckets import (
     EVERYTHING,
     EXPANDED,
     FEW_SIZES,
+    STEP_OPS,
     STRIDED,
     Awkward,
     Bucket,
@@ -26,14 +28,12 @@ from helpers.buckets import (
     copy,
     make,
 )
-from expecttest import assert_expected_inline
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from bnb_compile.ops.blockwise import dequantize_op, quantize_op
 from bnb_compile.ops.operator import Modes, StepOp
 from bnb_compile.ops.step import GRAD_LIMIT
-from helpers.buckets import STEP_OPS
 
 BITS = pytest.mark.parametrize("bits", [8, 32])
 DTYPES = [*itertools.product((torch.float32, torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16))]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 
-from helpers import fake_gpu
 import pytest
 import torch
-from helpers.buckets import Bucket, copy, make
+from helpers import fake_gpu
+from helpers.buckets import STEP_OPS, Bucket, bits_of, copy, make
 from torch import nn
 
 from bnb_compile.ops.step import PARAM_DTYPES
-from helpers.buckets import STEP_OPS
 from bnb_compile.optim import SGD, AdamW, AdEMAMix, Lion
 from bnb_compile.rules import round_bits
 

@@ -18,20 +18,30 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from helpers import fake_gpu
 import pytest
 import torch
-from helpers.buckets import EVERYTHING, FEW_SIZES, SIZES, Awkward, Bucket, assert_close, awkward, copy, make
 from expecttest import assert_expected_inline
+from helpers import fake_gpu
+from helpers.buckets import (
+    EVERYTHING,
+    FEW_SIZES,
+    SIZES,
+    STEP_OPS,
+    Awkward,
+    Bucket,
+    assert_close,
+    awkward,
+    copy,
+    make,
+)
 from torch import Tensor
 
 import bnb_compile.lowering.triton as triton_lowering
+from bnb_compile.formats.codebook import bounds, create_dynamic_map, nearest, outward_bounds
 from bnb_compile.lowering.triton import device, print_rule
 from bnb_compile.ops.blockwise import dequantize_op, quantize_op
-from bnb_compile.formats.codebook import bounds, create_dynamic_map, nearest, outward_bounds
 from bnb_compile.ops.norms import norms_op
 from bnb_compile.ops.operator import Modes, StepOp
-from helpers.buckets import STEP_OPS
 
 #: Bits, dtype of the parameters, dtype of the gradients.
 KINDS = [

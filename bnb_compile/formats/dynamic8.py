@@ -105,7 +105,7 @@ class Dynamic8(AbstractFormat):
 
     name = "dynamic8"
     parts = (Part("codes", torch.uint8), Part("absmax", torch.float32, per=BLOCK))
-    keys = ("state", "qmap", "absmax", "max")
+    keys = ("state", "qmap", "absmax", "max", "new_max")
 
     def __init__(self, signed: bool) -> None:
         self.signed = signed

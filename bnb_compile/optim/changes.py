@@ -220,7 +220,9 @@ class Changes(OpaqueBase):
         self._read_overrides()
         structure.take_over()
         wanted = list(self._survey())
-        if not structure.fits(wanted):
+        if structure.fits(wanted):
+            structure.wanted.update((id(w.param), w) for w in wanted)
+        else:
             structure.form(wanted, link)
             self._version += 1
         tensors = list(filter(None, map(_tensors, self._written)))

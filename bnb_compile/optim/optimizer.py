@@ -109,6 +109,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             param_group.setdefault(name, default)
         param_group.update(self.family.checked(param_group))
         super().add_param_group(param_group)
+        for name in self.family.betas:  # they are in `betas`
+            self.param_groups[-1].pop(name, None)
         try:
             for param in self.param_groups[-1]["params"]:
                 check_parameter(param)

@@ -78,7 +78,8 @@ def load_state_dict(optimizer: Optimizer8bit, changes: Changes, state_dict: dict
         read = read_state(rule, family.numbers_of(rule), key, param, structure.renamed(saved))
         # What is a view of the arenas must not change while they are written.
         entry = {k: x.clone() if _lies_in(x, own) else x for k, x in read.entry.items()}
-        entries[param] = read._replace(entry=entry, gnorm=entry.get("gnorm_vec"))
+        norms = dict(gnorm=entry.get("gnorm_vec"), unorm=entry.get("unorm_vec"))
+        entries[param] = read._replace(entry=entry, **norms)
 
     for group, content in zip(optimizer.param_groups, contents):
         group.update(content)

@@ -161,8 +161,9 @@ class Bucket:
     def write(self, k: int, saved: SavedState) -> None:
         """Replace the state of a parameter by a saved one, of any format and block size."""
         self.step[k].copy_(torch.as_tensor(saved.step, device=self.device))
-        if self.gnorm is not None:
-            self.gnorm[k].copy_(saved.gnorm) if saved.gnorm is not None else self.gnorm[k].zero_()
+        for own, given in ((self.gnorm, saved.gnorm), (self.unorm, saved.unorm)):
+            if own is not None:
+                own[k].zero_() if given is None else own[k].copy_(given.reshape(own[k].shape))
         slot = self.slots[k]
         for stored in self.op.stored:
             parts = saved.parts(stored, slot.numel)
@@ -180,8 +181,8 @@ class Bucket:
             copies = {name: part.clone() for name, part in parts.items()}
             for state in stored.states:
                 entry.update(stored.format.entries(copies, state + 1, self.params[k].shape))
-        gnorm = None if self.gnorm is None else self.gnorm[k].clone()
-        return SavedState(self.step[k].clone(), entry, gnorm)
+        norms = [None if x is None else x[k].clone() for x in (self.gnorm, self.unorm)]
+        return SavedState(self.step[k].clone(), entry, *norms)
 
     def compile(self, grads: Gradients, scaled: bool) -> None:
         """Compile what a step with such gradients runs, before anything is changed.

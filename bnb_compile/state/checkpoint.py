@@ -18,6 +18,7 @@ from ..validate import number
 _NESTED = "__bnb_optimizer_quant_state__"
 MOST_STEPS = 2**31 - 1  # as bitsandbytes counts them
 RING = 100  # entries of gnorm_vec
+_NORMS = {"gnorm_vec": RING, "unorm_vec": 1}
 
 #: Which states of a rule each number in bitsandbytes' keys stands for: state1, state2, ...
 Numbers = tuple[tuple[int, ...], ...]
@@ -30,11 +31,13 @@ class SavedState(NamedTuple):
         step: Steps taken, a number or a tensor.
         entry: What was saved, flat, with a key for each of the rule's states by itself: state1, state2, ...
         gnorm: (100,) squared gradient norms, or None.
+        unorm: (1,) squared norm of the last update, or None.
     """
 
     step: Any
     entry: Mapping[str, Any]
     gnorm: Tensor | None = None
+    unorm: Tensor | None = None
 
     def parts(self, stored: Stored, numel: int) -> dict[str, Tensor]:
         """The tensors of some states in their format: those that were saved, or converted ones."""
@@ -72,8 +75,7 @@ def decode(entry: Mapping[str, Any], state: int, numel: int) -> Tensor:
 def is_own_key(key: Any) -> bool:
     """Whether a key of an entry is of this package or bitsandbytes, and no user's."""
     stems = {stem for choose in FORMATS.values() for stem in choose([State("any")])[0].format.keys}
-    plain = ("step", "gnorm_vec", "unorm_vec", _NESTED)
-    return key in plain or str(key).rstrip("0123456789") in stems
+    return key in ("step", *_NORMS, _NESTED) or str(key).rstrip("0123456789") in stems
 
 
 def flatten(saved: Any) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def flatten(saved: Any) -> dict[str, Any]:
     return {key: value for key, value in {**saved, **nested}.items() if key != _NESTED}
 
 
-def unpack(entry: Mapping[str, Any], numbers: Numbers, shape: torch.Size, where: str) -> dict[str, Any]:
+def unpack(entry: Mapping[str, Any], numbers: Numbers, where: str) -> dict[str, Any]:
     """An entry with a number in its keys for each state, where bitsandbytes has one number for several.
 
     Raises:
@@ -181,7 +183,7 @@ def read_state(
         ValueError: If an entry is missing, damaged, or does not fit to the parameter.
     """
     where = f"state of parameter {key}, shape {tuple(param.shape)}"
-    entry = unpack(flatten(saved), numbers, param.shape, where)
+    entry = unpack(flatten(saved), numbers, where)
     look = check and not backends.replaces_tensors()
     for k, state in enumerate(rule.states):
         name = f"state{k + 1}"
@@ -204,15 +206,19 @@ def read_state(
             f"{where}: has {sorted(entry)}, but {rule.name} keeps {len(rule.states)} states: it is "
             "another algorithm's"
         )
-    gnorm = entry.get("gnorm_vec")
-    if gnorm is not None:
-        if not isinstance(gnorm, Tensor) or gnorm.shape != (RING,) or gnorm.device.type == "meta":
-            raise ValueError(
-                f"{where}: gnorm_vec must be a tensor of shape ({RING},) with values, got {gnorm!r}"
-            )
-        if look and not bool((gnorm >= 0).all() & gnorm.isfinite().all()):
-            raise ValueError(f"{where}: gnorm_vec has values that are negative or not finite: {gnorm}")
-    return SavedState(_steps(entry.get("step"), where), entry, gnorm)
+    norms = [_squares(entry.get(name), name, size, where, look) for name, size in _NORMS.items()]
+    return SavedState(_steps(entry.get("step"), where), entry, *norms)
+
+
+def _squares(x: Any, name: str, size: int, where: str, look: bool) -> Tensor | None:
+    """Squared norms, if there are any."""
+    if x is None:
+        return None
+    if not isinstance(x, Tensor) or x.shape != (size,) or x.device.type == "meta":
+        raise ValueError(f"{where}: {name} must be a tensor of shape ({size},) with values, got {x!r}")
+    if look and not bool((x >= 0).all() & x.isfinite().all()):
+        raise ValueError(f"{where}: {name} has values that are negative or not finite: {x}")
+    return x
 
 
 def _steps(step: Any, where: str) -> Any:
