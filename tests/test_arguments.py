@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bnb_compile import optim
+from bnb_compile.state import paging
 
 # -- bitsandbytes' signatures, after `params` ----------------------------------------------------
 
@@ -322,7 +323,9 @@ def test_defaults_are_those_of_the_installed_bitsandbytes(bnb):
             continue
         # Every group of theirs has AdEMAMix's hyperparameters.
         known = set(theirs.defaults) & set(ours.defaults)
-        assert known >= {"lr", "betas", "eps", "weight_decay"}
+        assert known >= {"lr", "eps", "weight_decay"}
+        # Schedules of momentum look there for what they can change.
+        assert ("betas" in known) == (kind_of(name) not in ("Adagrad", "RMSprop")), name
         assert {k: theirs.defaults[k] for k in known} == {k: ours.defaults[k] for k in known}, name
         assert vars(theirs.args).items() <= vars(ours.args).items(), name
 
@@ -393,6 +396,8 @@ def test_numeric_strings_are_numbers(name, arguments):
     expected, given = construct(name, parameters(), **numbers), construct(name, parameters(), **arguments)
     assert given.param_groups[0]["betas"] == expected.param_groups[0]["betas"]
     for key, number in expected.defaults.items():
+        if key in expected.family.betas:
+            continue
         got = given.param_groups[0][key]
         assert got == number and not isinstance(got, str), key
     assert given.args == expected.args
@@ -586,7 +591,7 @@ def test_an_object_replaces_the_options():
         comment="ignored",
     )
     optimizer = construct("Adam", parameters(), args=args, optim_bits=32, min_8bit_size=5, max_unorm=3.0)
-    assert vars(optimizer.args) == without(vars(args), "comment")
+    assert vars(optimizer.args) == {**without(vars(args), "comment"), "states": None}
     options = vars(optimizer.args)
     assert run("Adam", args=args) == run("Adam", **options)
     assert args.comment == "ignored" and args.optim_bits == 8  # not written to
@@ -778,8 +783,7 @@ def test_a_report_counts_the_bytes_that_there_are(name, bits):
     for param, size in zip(params, expected):
         own = {k: v for k, v in optimizer.state[param].items() if k.startswith(("state", "absmax"))}
         held = sum(v.numel() * v.itemsize for v in own.values())
-        # Arenas are padded to whole blocks.
-        assert held <= size <= held + len(own) * 4 * 256
+        assert size == pytest.approx(held)
 
 
 def test_a_report_of_other_reasons():

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bnb_compile.optim import paging
+from bnb_compile.state import paging
 from bnb_compile.state.paging import managed_zeros, prefetch, unavailable
 
 GPU = torch.device("cuda", 1)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..ops.step import PARAM_DTYPES
 
-
 _ALLOWED, _NONE = frozenset(PARAM_DTYPES), id(None)
 _DTYPE, _SPEC = attrgetter("dtype"), attrgetter("shape", "device", "layout")
 

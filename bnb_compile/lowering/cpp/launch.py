@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import backends
 from ...formats import layout
 from ...ops.operator import Arguments, Modes, StepOp
 from .._inductor import CppPythonBindingsCodeCache
 from ..launcher import AbstractLauncher, addresses
 from ..node import describe_strides
 from . import source
-
 
 _COMPILING = threading.RLock()  # tracing patches torch, and one compilation is enough for all threads
 
@@ -43,6 +43,7 @@ def _compile_kernel(op: StepOp, modes: Modes, param_dtype: torch.dtype, grad_dty
         "const int64_t* table, int64_t count, int64_t elements, int64_t blocks",
         "const Parameter* rows = (const Parameter*)table;",
     )
+    backends.counts["compiled"] += 1
     types = ["const int64_t*", *["int64_t"] * 3, *source.state_arguments(op, modes).values()]
     return CppPythonBindingsCodeCache.load_pybinding(types, text)
 
