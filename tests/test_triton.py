@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from expecttest import assert_expected_inline
 from helpers import fake_gpu
 from helpers.buckets import (
@@ -36,12 +37,14 @@ from helpers.buckets import (
 )
 from torch import Tensor
 
-import bnb_compile.lowering.triton as triton_lowering
+from bnb_compile.formats import layout
 from bnb_compile.formats.codebook import bounds, create_dynamic_map, nearest, outward_bounds
-from bnb_compile.lowering.triton import device, print_rule
+from bnb_compile.lowering.triton import device, dynamic8
+from bnb_compile.lowering.triton import source as triton_lowering
+from bnb_compile.lowering.triton.source import print_rule
 from bnb_compile.ops.blockwise import dequantize_op, quantize_op
 from bnb_compile.ops.norms import norms_op
-from bnb_compile.ops.operator import Modes, StepOp
+from bnb_compile.ops.operator import Arguments, Modes, StepOp
 
 #: Bits, dtype of the parameters, dtype of the gradients.
 KINDS = [
@@ -60,7 +63,7 @@ MODES = {
     ("lamb", 8): EVERYTHING,
     ("sgd_plain", 32): EVERYTHING,
     ("lion", 8): Modes(max_unorm=True),
-    ("ademamix", 32): Modes(max_unorm=True, scaled=True),
+    ("ademamix", 32): Modes(max_unorm=True, grad_scale=True),
     ("rmsprop_momentum", 8): Modes(block_wise=False),
     ("adam", 8): Modes(grad_scale=True, skip_zeros=True),
 }
@@ -148,7 +151,7 @@ def test_emitted_kernels_equal_the_eager_operator(name: str, stepped: dict[str, 
     expected.call(op.in_place)
     assert_close(op, actual, expected)
     for k, (old, new) in enumerate(zip(before.params, actual.params)):
-        if k == without_grad or (modes.scaled and k >= len(before.params) - 2):
+        if k == without_grad or (modes.grad_scale and k >= len(before.params) - 2):
             assert torch.equal(old, new)
         elif old.numel() > 1:
             assert bool((old != new).any())
@@ -208,13 +211,14 @@ def _run_scenarios(result: str) -> None:
     pairs: dict[str, list[tuple[Bucket, Bucket]]] = {}
     for name, (case, scenario, _) in SCENARIOS.items():
         op, bucket = CASES[case][0], made(case).bucket
-        launch = Launcher(op, bucket.params, bucket.arenas, bucket.step, bucket.hyper, **bucket.options)
+        launch = Launcher(op, Arguments.of(bucket.arguments, bucket.options))
         pairs[name] = []
 
         def step(op=op, bucket=bucket, launch=launch, compared=pairs[name]) -> None:
             expected = copy(bucket)
             expected.call(op.in_place)
-            launch(bucket.grads)
+            for dtype in {grad.dtype for grad in bucket.grads if grad is not None}:
+                launch(bucket.grads, dtype)
             compared.append((copy(bucket), expected))
             check_written_addresses(launch)
 
@@ -256,7 +260,7 @@ def test_each_eager_launch_equals_the_eager_operator_with(
 
 # -- launches ------------------------------------------------------------------------------------------------
 
-PREPARE, STEP = "triton_adam_step_8bit_prepare", "triton_adam_step_8bit"
+PREPARE, STEP = "triton_adam_step_dynamic8_prepare", "triton_adam_step_dynamic8"
 
 
 @pytest.mark.parametrize(
@@ -319,12 +323,10 @@ def test_emitted_norms_are_right_in_three_launches_and_one_more_for_irregular_te
 def huge(op: StepOp, numel: int) -> Callable[[], Bucket]:
     def bucket() -> Bucket:
         param = torch.empty(numel, dtype=torch.bfloat16, device="meta")
-        sizes = {"codes": numel, "absmax": numel // 256}
-        arenas = [
-            torch.empty(sizes[name.rpartition("_")[2]], dtype=dtype, device="meta")
-            for name, dtype in op.arenas
-        ]
-        step, hyper = torch.empty(1, device="meta"), torch.empty(1, 5, dtype=torch.float64, device="meta")
+        shapes = op.shapes(layout([numel]))
+        arenas = [torch.empty(s, dtype=a.part.dtype, device="meta") for a, s in zip(op.arenas, shapes)]
+        step = torch.empty(1, dtype=torch.int64, device="meta")
+        hyper = torch.empty(1, 5, dtype=torch.float64, device="meta")
         return Bucket([param], [param], arenas, step, hyper, {})
 
     return bucket
@@ -333,8 +335,7 @@ def huge(op: StepOp, numel: int) -> Callable[[], Bucket]:
 @pytest.mark.parametrize(("numel", "index"), [(2**31, "int64"), (2**31 - 256, "int32")])
 def test_places_have_64_bits_from_2_31_elements(numel: int, index: str) -> None:
     source = emit(adam(8), huge(adam(8), numel))
-    assert f"numel = tl.load(rows + 4 * k).to(tl.{index})" in source
-    assert f"b = (pid - tl.load(rows + 4 * k + 3)).to(tl.{index})" in source
+    assert f"INDEX=tl.{index}" in source
 
 
 # -- structure -----------------------------------------------------------------------------------------------
@@ -347,56 +348,101 @@ def test_launches_and_signature_of_a_small_bucket() -> None:
     assert_expected_inline(
         "\n".join(lines),
         """\
-triton_adam_step_8bit_prepare_0.run(arg0_1, arg1_1, arg2_1, arg3_1, arg5_1, buf0, constant0,
-arg10_1, arg11_1, buf1, 3, 1, 1, 1, stream=raw_stream0)
-triton_adam_step_8bit_1.run(buf0, constant1, constant2, arg6_1, arg7_1, arg8_1, arg9_1, constant5,
-constant6, buf1, 1, 1, 1, stream=raw_stream0)
-triton_adam_step_8bit_2.run(buf0, constant3, constant4, arg6_1, arg7_1, arg8_1, arg9_1, constant5,
-constant6, buf1, 1, 1, 1, stream=raw_stream0)""",
+triton_adam_step_dynamic8_prepare_0.run(arg0_1, arg1_1, arg2_1, arg3_1, arg5_1, buf0, constant0,
+arg8_1, arg9_1, buf1, 3, 1, 1, 1, stream=raw_stream0)
+triton_adam_step_dynamic8_1.run(buf0, constant3, constant4, reinterpret_tensor(arg6_1, (880, ), (1,
+), 0), reinterpret_tensor(arg6_1, (880, ), (1, ), 880), reinterpret_tensor(arg7_1, (16, ), (1, ),
+0), reinterpret_tensor(arg7_1, (16, ), (1, ), 16), constant1, constant2, buf1, 1, 1, 1,
+stream=raw_stream0)
+triton_adam_step_dynamic8_2.run(buf0, constant5, constant6, reinterpret_tensor(arg6_1, (880, ), (1,
+), 0), reinterpret_tensor(arg6_1, (880, ), (1, ), 880), reinterpret_tensor(arg7_1, (16, ), (1, ),
+0), reinterpret_tensor(arg7_1, (16, ), (1, ), 16), constant1, constant2, buf1, 1, 1, 1,
+stream=raw_stream0)""",
     )
-    (signature,) = re.findall(r"^def triton_adam_step_8bit_1\((.*)\):$", source, re.M)
+    (signature,) = re.findall(r"^def triton_adam_step_dynamic8_1\((.*)\):$", source, re.M)
     assert_expected_inline(
         textwrap.fill(signature, 100),
         """\
-addresses, rows, owner, exp_avg_codes, exp_avg_absmax, exp_avg_sq_codes, exp_avg_sq_absmax,
-exp_avg_values, exp_avg_sq_values, shared""",
+addresses, rows, owner, dynamic8_codes_0, dynamic8_codes_1, dynamic8_absmax_0, dynamic8_absmax_1,
+signed_map, unsigned_map, scalars""",
     )
 
 
 def test_the_printed_update() -> None:
     assert_expected_inline(
-        print_rule(adam(8)),
+        print_rule(adam(8), True),
         """\
 @triton.jit
-def update(param, grad, exp_avg, exp_avg_sq, s0, s1, s2, s3, s4, s5, s6, s7, FAST: tl.constexpr):
-    t0 = s1 * exp_avg
-    t1 = s2 * grad
+def update(param, grad, states, s, ratio):
+    FAST: tl.constexpr = True
+    exp_avg = states[0]
+    exp_avg_sq = states[1]
+    keep = s[0]
+    beta1 = s[1]
+    one_minus_beta1 = s[2]
+    beta2 = s[3]
+    one_minus_beta2 = s[4]
+    step_size = s[5]
+    eps = s[6]
+    unit = s[7]
+    if ratio is not None:
+        step_size = step_size * ratio
+    t0 = beta1 * exp_avg
+    t1 = one_minus_beta1 * grad
     t2 = t0 + t1
-    t3 = s3 * exp_avg_sq
-    t4 = s4 * grad
+    t3 = beta2 * exp_avg_sq
+    t4 = one_minus_beta2 * grad
     t5 = t4 * grad
     t6 = t3 + t5
     t7 = sqrt(t6, FAST)
-    t8 = t7 + s6
+    t8 = t7 + eps
     t9 = div(t2, t8, FAST)
-    t10 = s0 * param
-    t11 = s5 * t9
+    t10 = keep * param
+    t11 = step_size * t9
     t12 = t10 - t11
-    return (t12, t2, t6,)
+    return t12, (t2, t6, )
 
 @triton.jit
-def direction(param, grad, exp_avg, exp_avg_sq, s0, s1, s2, s3, s4, s5, s6, s7, FAST: tl.constexpr):
-    t0 = s1 * exp_avg
-    t1 = s2 * grad
+def direction(param, grad, states, s):
+    FAST: tl.constexpr = True
+    exp_avg = states[0]
+    exp_avg_sq = states[1]
+    keep = s[0]
+    beta1 = s[1]
+    one_minus_beta1 = s[2]
+    beta2 = s[3]
+    one_minus_beta2 = s[4]
+    step_size = s[5]
+    eps = s[6]
+    unit = s[7]
+    t0 = beta1 * exp_avg
+    t1 = one_minus_beta1 * grad
     t2 = t0 + t1
-    t3 = s3 * exp_avg_sq
-    t4 = s4 * grad
+    t3 = beta2 * exp_avg_sq
+    t4 = one_minus_beta2 * grad
     t5 = t4 * grad
     t6 = t3 + t5
     t7 = sqrt(t6, FAST)
-    t8 = t7 + s6
+    t8 = t7 + eps
     t9 = div(t2, t8, FAST)
-    return (t9, t2, t6,)
+    return t9, (t2, t6, )
+
+@triton.jit
+def load_scalars(scalars, k):
+    row = scalars + k * 8
+    keep = tl.load(row + 0)
+    beta1 = tl.load(row + 1)
+    one_minus_beta1 = tl.load(row + 2)
+    beta2 = tl.load(row + 3)
+    one_minus_beta2 = tl.load(row + 4)
+    step_size = tl.load(row + 5)
+    eps = tl.load(row + 6)
+    unit = tl.load(row + 7)
+    return (keep, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, eps, unit, )
+
+@triton.jit
+def keep(used, fresh, old):
+    return (tl.where(used, fresh[0], old[0]), tl.where(used, fresh[1], old[1]), )
 """,
     )
 
@@ -434,8 +480,9 @@ def assemble(
     )
     source = print_kernel(op, modes, "kernel", dtype, dtype, variant, *base)
     kernel = fake_gpu.load(triton_lowering.IMPORTS + source, "kernel")
+    dtypes = triton_lowering.argument_dtypes(op, modes)
     arguments = triton_lowering.step_arguments(op, modes, variant, measure)
-    signature = {name: f"*{triton_lowering.TYPES[dtype]}" for name, dtype in arguments.items()}
+    signature = {name: f"*{triton_lowering.TYPES[dtypes[name]]}" for name in arguments}
     assembly = fake_gpu.assemble(kernel, signature, triton_lowering.WARPS, sm)
     elements = triton_lowering.TILE * 256 / (32 * triton_lowering.WARPS)  # of a thread
     return assembly, assembly.instructions / elements
@@ -490,7 +537,7 @@ def _fma(a: Any, b: Any, c: Any, down: bool = False) -> Tensor:
 
 
 def emulated_encode_fast(log2_error: float, exp2_error: float) -> Callable[[Tensor, bool], Tensor]:
-    """device.encode_fast itself, run with tensors in place of Triton's language.
+    """dynamic8.encode_fast itself, run with tensors in place of Triton's language.
 
     Args:
         log2_error: Of ``lg2.approx``, in units of 2**-22, which it is documented to be right to: absolute for
@@ -524,8 +571,9 @@ def emulated_encode_fast(log2_error: float, exp2_error: float) -> Callable[[Tens
         inline_asm_elementwise=instruction,
     )
     names: dict[str, Any] = {}
-    for name, value in vars(device).items():
+    for name, value in [*vars(device).items(), *vars(dynamic8).items()]:
         value = getattr(value, "fn", value)  # a function without @triton.jit
+        value = value.value if isinstance(value, tl.constexpr) else value
         names[name] = (
             types.FunctionType(value.__code__, names) if isinstance(value, types.FunctionType) else value
         )

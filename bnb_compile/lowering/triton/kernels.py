@@ -93,6 +93,7 @@ def update_program(
     ALIGNED: tl.constexpr,
     DIMS: tl.constexpr,
     INDEX: tl.constexpr,
+    MAX_UNORM: tl.constexpr,
     SKIP_ZEROS: tl.constexpr,
     BLOCK_WISE: tl.constexpr,
     STATES: tl.constexpr,
@@ -119,7 +120,7 @@ def update_program(
     old_param = tl.load(pointer, inside, 0.0).to(tl.float32)
     old = load_states(arenas, offset, i, block, b, inside, whole)
     ratio = None
-    if measured is not None:
+    if MAX_UNORM:
         ratio = tl.load(measured + k * (1 + STATES))
     param, fresh = update(old_param, grad, old, s, ratio)
     if round_bits is not None:

@@ -322,6 +322,7 @@ def step_kernel(
     own = dict(
         step="step" if modes.stochastic_round else None,
         measured="measured" if modes.two_phases else None,
+        MAX_UNORM=modes.max_unorm,
         BLOCK_WISE=modes.block_wise,
         update="update",
         store_states="store_states",
