@@ -62,7 +62,7 @@ STEPS = _steps()
 IN_GRAPH = {
     name: step
     for k, (name, step) in enumerate(STEPS.items())
-    if k % 4 in (0, 3) or step[1] != Modes() or step[0].name == "sgd_plain_step_32bit"
+    if k % 4 in (0, 3) or step[1] != Modes() or step[0].name == "sgd_plain_step"
 }
 
 

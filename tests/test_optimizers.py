@@ -8,6 +8,8 @@ import torch
 from helpers.formulas import all_families
 from torch import nn
 
+from bnb_compile.state.checkpoint import unpack
+
 FAMILIES = all_families()
 CLASSES = [(family, cls) for family in FAMILIES for cls in family.classes]
 VARIANTS = [(family, k) for family in FAMILIES for k in range(len(family.variants))]
@@ -66,13 +68,19 @@ def relative_error(value, expected):
 
 def states(optimizer, param):
     """A parameter's states as they are stored."""
-    names = [name for name in optimizer.state[param] if name.startswith("state")]
-    return [optimizer.state[param][f"state{k}"] for k in range(1, len(names) + 1)]
+    state = entry(optimizer, param)
+    return [state[f"state{k}"] for k in range(1, 5) if f"state{k}" in state]
+
+
+def entry(optimizer, param):
+    """What there is of a parameter, with a number for each state."""
+    numbers = optimizer.family.numbers or ((0,),)
+    return unpack(optimizer.state[param], numbers, "")
 
 
 def decoded(optimizer, param):
     """A parameter's 8-bit states and their scales, both with an entry for each element."""
-    state = optimizer.state[param]
+    state = entry(optimizer, param)
     for k, codes in enumerate(states(optimizer, param), 1):
         scales = state[f"absmax{k}"].repeat_interleave(256)[: param.numel()].view(param.shape)
         yield state[f"qmap{k}"][codes.long()] * scales, scales

@@ -104,11 +104,11 @@ class Package:
         if len(inputs) != len(expected):
             raise ValueError(f"{len(inputs)} inputs, must be {len(expected)}: {', '.join(expected)}")
         batch: dict[str, int] = {}
-        for x, (name, spec) in zip(inputs, expected.items()):
-            found = spec(x, "*" in spec)
-            if found != spec:
-                raise ValueError(f"{name} is {found}, must be {spec}")
-            if "*" in spec:
+        for x, (name, wanted) in zip(inputs, expected.items()):
+            found = spec(x, "*" in wanted)
+            if found != wanted:
+                raise ValueError(f"{name} is {found}, must be {wanted}")
+            if "*" in wanted:
                 batch[name] = len(x)
         if len(set(batch.values())) > 1:
             raise ValueError(f"a batch of sizes {batch}, must be one size")

@@ -132,7 +132,7 @@ def gradient_factors(
         factor = clip if factor is None else factor * clip
     factors: list[Tensor | None] = []
     for bucket, of_bucket, of_norms in zip(buckets, grads, norms):
-        own = None if factor is None else factor.to(bucket.step.device).expand(len(of_bucket))
+        own = None if factor is None else factor.to(bucket.step.device).expand(len(of_bucket)).contiguous()
         if bucket.gnorm is not None and bucket.percentile is not None and of_norms is not None:
             squares = (of_norms if own is None else of_norms * own).square()
             present = present_mask(of_bucket, bucket.step.device)

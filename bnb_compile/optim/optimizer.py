@@ -106,7 +106,8 @@ class Optimizer8bit(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see ``torch.optim.Optimizer.add_param_group``."""
         for name, default in self.defaults.items():
-            param_group.setdefault(name, default)
+            if name not in self.family.betas or "betas" not in param_group:
+                param_group.setdefault(name, default)
         param_group.update(self.family.checked(param_group))
         super().add_param_group(param_group)
         for name in self.family.betas:  # they are in `betas`

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +30,7 @@ from text import read_text, windows  # noqa: E402
 
 from bnb_compile.export import TrainStep, load, package  # noqa: E402
 from bnb_compile.optim import AdamW8bit  # noqa: E402
+from bnb_compile.version import VERSION  # noqa: E402
 
 SIZE = Size(layers=2, width=64, heads=2, context=64)
 BATCH = 8
@@ -115,7 +115,7 @@ def build(folder: Path) -> Path:
 
 def save(step: TrainStep, data: dict[str, Tensor], folder: Path) -> tuple[Path, Path]:
     """Write what train.cpp reads: data, and the state to begin from."""
-    torch.save({"version": version("bnb_compile"), **data}, folder / "data.pt")
+    torch.save({"version": VERSION, **data}, folder / "data.pt")
     torch.save(dict(step.state_dict()), folder / "begin.pt")
     return folder / "data.pt", folder / "begin.pt"
 

@@ -214,13 +214,19 @@ def assert_close(op: StepOp, actual: Bucket, expected: Bucket, rate: float = 1e-
     Codes may be one apart where rounding decides, for at most `rate` of them; everything else may differ
     by a few units in the last place of what was added.
     """
-    tolerance, least = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}, 1e-6
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+    magnified = 0.0  # share of the parameters' elements that may differ by more
     if any(state.name == "previous_grad" for state in op.rule.states):
         # 16-bit gradients tie more often than averages of them, and differences of gradients cancel.
-        rate, tolerance[torch.float32], least = 10 * rate, 1e-5, 1e-5
+        rate, tolerance[torch.float32], magnified = 10 * rate, 5e-6, 3e-3
     for a, e in zip(actual.params, expected.params, strict=True):
         allowed = tolerance[e.dtype]
-        torch.testing.assert_close(a, e, rtol=allowed, atol=least if e.dtype == torch.float32 else allowed)
+        least = 1e-6 if e.dtype == torch.float32 else allowed
+        if magnified and e.numel():
+            apart = (a.double() - e.double()).abs() > least + allowed * e.abs()
+            assert apart.sum() <= max(1, magnified * e.numel())
+            a = torch.where(apart, e, a)
+        torch.testing.assert_close(a, e, rtol=allowed, atol=least)
     for arena, a, e in zip(op.arenas, actual.arenas, expected.arenas, strict=True):
         if arena.part.dtype == torch.uint8:
             apart = (a.int() - e.int()).abs()
