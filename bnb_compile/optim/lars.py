@@ -73,6 +73,7 @@ class PytorchLARS(LARS):
     """LARS with a 32-bit momentum in plain PyTorch operations: the reference, which compiles nothing."""
 
     bits = 32
+    key_names = {"state1": "momentum_buffer"}
 
     def __init__(
         self,
