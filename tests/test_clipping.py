@@ -20,7 +20,9 @@ def clipping_scale(ring, grads, step, percentile):
     """What a step multiplies the gradients by."""
     squares = gradient_norms(grads, step.device).square()
     present = present_mask(grads, step.device)
-    return percentile_factor(ring, squares, present, step, torch.full_like(step, percentile, dtype=torch.int64))
+    return percentile_factor(
+        ring, squares, present, step, torch.full_like(step, percentile, dtype=torch.int64)
+    )
 
 
 class Ring:

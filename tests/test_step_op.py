@@ -119,7 +119,9 @@ def stepped(op: StepOp, *args, **kwargs) -> tuple[Bucket, Bucket]:
     return old, new
 
 
-@pytest.mark.parametrize("modes", [Modes(), EVERYTHING, Modes(max_unorm=True)], ids=["", "all modes", "trust"])
+@pytest.mark.parametrize(
+    "modes", [Modes(), EVERYTHING, Modes(max_unorm=True)], ids=["", "all modes", "trust"]
+)
 @KNOWN
 def test_one_step_is_the_rule_in_float64(op: StepOp, modes: Modes) -> None:
     old, new = stepped(op, [*SHAPES, (300, 20), (500,), (600,), (700,)], modes=modes, without_grad=[3])
@@ -247,7 +249,11 @@ def test_without_blocks_a_parameter_has_one_scale(op: StepOp) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @OPS
 def test_a_parameter_whose_scale_is_not_finite_is_left_alone(op: StepOp, bad: float) -> None:
-    modes = Modes(grad_scale=True, block_wise=False) if bits_of(op) == 8 else Modes(grad_scale=True, max_unorm=True)
+    modes = (
+        Modes(grad_scale=True, block_wise=False)
+        if bits_of(op) == 8
+        else Modes(grad_scale=True, max_unorm=True)
+    )
     old, new = (make(op, [(300,), (500,), (20,)], modes=modes) for _ in range(2))
     for bucket in (old, new):
         bucket.options["grad_scale"][1] = bad
@@ -482,8 +488,14 @@ WRONG = {
     "float hyper": (dict(hyper=torch.zeros(2, 5)), "hyper .*float32.*float64"),
     "one grad_scale": (dict(grad_scale=torch.ones(())), r"grad_scale .*\(2,\)"),
     "double grad_scale": (dict(grad_scale=torch.ones(2).double()), "grad_scale .*float64.*float32"),
-    "a column of max_unorm": (dict(max_unorm=torch.ones(2, 1), unorm=torch.ones(2)), r"max_unorm .*\(2, 1\).*"),
-    "every other max_unorm": (dict(max_unorm=torch.ones(4)[::2], unorm=torch.ones(2)), r"max_unorm .*contiguous"),
+    "a column of max_unorm": (
+        dict(max_unorm=torch.ones(2, 1), unorm=torch.ones(2)),
+        r"max_unorm .*\(2, 1\).*",
+    ),
+    "every other max_unorm": (
+        dict(max_unorm=torch.ones(4)[::2], unorm=torch.ones(2)),
+        r"max_unorm .*contiguous",
+    ),
     "max_unorm alone": (dict(max_unorm=torch.ones(2)), "unorm must be given with max_unorm"),
     "unorm alone": (dict(unorm=torch.ones(2)), "unorm must be given with max_unorm"),
 }

@@ -171,7 +171,9 @@ class StepOp:
         """Memory of the states of a parameter, for each of its elements."""
         (slot,) = layout([numel]).slots
         of_row = [(slot.span(arena.part.per), arena) for arena in self.arenas]
-        total = sum((span.stop - span.start) * arena.rows * arena.part.dtype.itemsize for span, arena in of_row)
+        total = sum(
+            (span.stop - span.start) * arena.rows * arena.part.dtype.itemsize for span, arena in of_row
+        )
         return total / max(numel, 1)
 
     @property

@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,6 +60,11 @@ if TYPE_CHECKING:
     from .optimizer import Optimizer8bit
 
 _SPECS = attrgetter("shape", "dtype", "device")
+
+
+def params_of(groups: Iterable[Mapping[str, Any]]) -> list[Tensor]:
+    """The parameters of all groups."""
+    return [param for group in groups for param in group["params"]]
 
 
 class Source(NamedTuple):
@@ -126,6 +131,15 @@ class Changes(OpaqueBase):
         return self._optimizer()
 
     @property
+    def structure(self) -> Structure:
+        """The structure of ``optimizer.state``; the last one as long as that is an ordinary mapping."""
+        optimizer = self.optimizer
+        state = optimizer.state
+        if isinstance(state, States) and state.listener.states is state:
+            return state.listener
+        return optimizer.structure
+
+    @property
     def overrides(self) -> dict[int, dict[str, Any]]:
         """What a `GlobalOptimManager` sets for parameters, by id, when the structure was last looked at."""
         return self._overrides
@@ -139,7 +153,7 @@ class Changes(OpaqueBase):
             return
         optimizer.family.fold_betas(group)
         for k, source in enumerate(self._sources):
-            if source.group is group:
+            if source.group is group and _key(self._values(source)) != self._written[k]:
                 self._write(k, source)
 
     # Looking.
@@ -156,15 +170,16 @@ class Changes(OpaqueBase):
             return "a parameter has another shape, dtype or device"
         if any(param.requires_grad or param.grad is not None for param in self._waiting):
             return "a parameter without a state has a gradient, or requires one"
-        if not backends.replaces_tensors() and _addresses(self._placed) != self._addresses:
-            self._addresses = _addresses(self._placed)
-            current = [structure.places[id(param)].bucket.kind.wave for param in self._placed]
-            if _waves(self._placed) != current:
-                return "parameters overlap"
+        if not backends.replaces_tensors() and (addresses := _addresses(self._placed)) != self._addresses:
             for param in self._placed:
                 check_parameter(param)
-        if structure.touched:
-            structure.take_over()
+            if waves(self._placed) != [
+                structure.places[id(param)].bucket.kind.wave for param in self._placed
+            ]:
+                return "parameters overlap"
+            self._addresses = addresses
+        if structure.touched and not structure.take_over(set(map(id, params_of(optimizer.param_groups)))):
+            return "a parameter that is in no group has lost its state"
         for k, source in enumerate(self._sources):
             if _key(self._values(source)) != self._written[k]:
                 tensors = _tensors(self._written[k])
@@ -218,7 +233,7 @@ class Changes(OpaqueBase):
         optimizer.adopt_groups()
         facts = self._facts()
         self._read_overrides()
-        structure.take_over()
+        structure.take_over(set(map(id, params_of(optimizer.param_groups))))
         wanted = list(self._survey())
         if structure.fits(wanted):
             structure.wanted.update((id(w.param), w) for w in wanted)
@@ -235,10 +250,7 @@ class Changes(OpaqueBase):
         self._specs = list(map(_SPECS, self._placed))
         self._addresses = None if backends.replaces_tensors() else _addresses(self._placed)
         self._waiting = [
-            param
-            for group in optimizer.param_groups
-            for param in group["params"]
-            if id(param) not in structure.places
+            param for param in params_of(optimizer.param_groups) if id(param) not in structure.places
         ]
 
     def _switch(self) -> bool:
@@ -248,8 +260,8 @@ class Changes(OpaqueBase):
         self._version += 1
         self._written.clear()
         self._sources.clear()
-        if isinstance(state, States) and state.listener.states is state:
-            optimizer.structure = state.listener
+        if self.structure is not optimizer.structure:
+            optimizer.structure = self.structure
             return False
         if backends.is_traced() and any(
             entry and not isinstance(entry.get("step"), Tensor) for entry in state.values()

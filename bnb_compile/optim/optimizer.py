@@ -17,7 +17,7 @@ from ..state.structure import Structure
 from ..state.watched import ParamGroup
 from ..validate import flag, number
 from . import saving
-from .changes import Changes
+from .changes import Changes, params_of
 from .clipping import gradient_factors
 from .family import Family
 from .options import ARGS, read_args
@@ -238,7 +238,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             self._changes.prepare()
             params = [param for bucket in self.structure.buckets for param in bucket.params]
         else:
-            params = [param for group in self.param_groups for param in group["params"]]
+            params = params_of(self.param_groups)
         for param in params:
             if param.grad is None:
                 continue
@@ -257,7 +257,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         Tensors are views of the live state, as torch's are: copy them before the next step changes them. States of
         parameters that are in no group are not saved, as they have no index.
         """
-        return saving.state_dict(self)
+        return saving.state_dict(self, self._changes)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that this optimizer or bitsandbytes saved, in place.

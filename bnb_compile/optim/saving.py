@@ -11,7 +11,7 @@ from torch import Tensor
 from ..formats import bits_of as bits_of
 from ..ops.operator import StepOp
 from ..state.checkpoint import flatten, match_groups, read_state
-from .changes import Changes
+from .changes import Changes, params_of
 from .family import FAMILIES
 from .manager import GlobalOptimManager
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @torch._disable_dynamo
-def state_dict(optimizer: Optimizer8bit) -> dict[str, Any]:
+def state_dict(optimizer: Optimizer8bit, changes: Changes) -> dict[str, Any]:
     """See `Optimizer8bit.state_dict`."""
     for before in optimizer._optimizer_state_dict_pre_hooks.values():
         before(optimizer)
@@ -31,7 +31,7 @@ def state_dict(optimizer: Optimizer8bit) -> dict[str, Any]:
             index.setdefault(id(param), len(index))
         packed = {key: value for key, value in group.items() if key != "params"}
         groups.append({**packed, "params": [index[id(param)] for param in group["params"]]})
-    structure = optimizer.structure
+    structure = changes.structure
     steps = {bucket: bucket.step.tolist() for bucket in structure.buckets}
     states: dict[Any, Any] = {}
     for key, entry in optimizer.state.items():
@@ -58,7 +58,7 @@ def load_state_dict(optimizer: Optimizer8bit, changes: Changes, state_dict: dict
     state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
     for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
         state_dict = before(optimizer, state_dict) or state_dict
-    family, structure = optimizer.family, optimizer.structure
+    family, structure = optimizer.family, changes.structure
     contents, params = match_groups(optimizer.param_groups, state_dict)
     contents = [family.checked(content) for content in contents]
     own = {
@@ -83,7 +83,7 @@ def load_state_dict(optimizer: Optimizer8bit, changes: Changes, state_dict: dict
 
     for group, content in zip(optimizer.param_groups, contents):
         group.update(content)
-    known = [param for group in optimizer.param_groups for param in group["params"]]
+    known = params_of(optimizer.param_groups)
     if structure.buckets:
         changes.prepare()
     for param in known:
@@ -107,8 +107,7 @@ def getstate(optimizer: Optimizer8bit, changes: Changes) -> dict[str, Any]:
         "state": {param: dict(entry) for param, entry in optimizer.state.items()},
         "overrides": [
             (param, changes.overrides[id(param)])
-            for group in optimizer.param_groups
-            for param in group["params"]
+            for param in params_of(optimizer.param_groups)
             if id(param) in changes.overrides
         ],
         "args": optimizer.args,

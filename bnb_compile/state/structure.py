@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -94,7 +94,10 @@ class Structure:
             if place.k in place.bucket.idle:
                 return False
             current.add(id(w.param))
-        return all(key in current or place.k in place.bucket.idle for key, place in self.places.items())
+        return all(
+            key in current or (place.k in place.bucket.idle and place.bucket.params[place.k] in self.states)
+            for key, place in self.places.items()
+        )
 
     @staticmethod
     def _moved(place: Place) -> bool:
@@ -224,8 +227,15 @@ class Structure:
         """Give a parameter the states of one that has taken no step."""
         place.bucket.begin(place.k, self.wanted[id(place.bucket.params[place.k])].initial)
 
-    def take_over(self) -> None:
+    def take_over(self, current: Container[int]) -> bool:
         """Bring what users have written to entries into the arenas, where that has not been done at once.
+
+        Args:
+            current: Ids of the parameters that are in a group now.
+
+        Returns:
+            bool: Whether that was all; False if a parameter that is in no group has lost its state, so that it
+            must lose its place too.
 
         Raises:
             ValueError: If an entry does not fit to its parameter.
@@ -233,11 +243,15 @@ class Structure:
         for key in list(self.touched):
             place = self.places.get(key)
             if place is not None:
-                given = self.states.get(place.bucket.params[place.k])
+                param = place.bucket.params[place.k]
+                if key not in current and param not in self.states:
+                    continue
+                given = self.states.get(param)
                 if given and not self._is_own(given):
                     place.bucket.write(place.k, self._read(place, given))
                 self._show(place, given)
             self.touched.discard(key)
+        return not self.touched
 
     # As the listener of entries.
 
