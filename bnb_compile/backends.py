@@ -20,9 +20,9 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-#: How often something was done since the process began: "compiled" counts kernels, "kernel" calls of compiled steps, "operator" calls of
-#: the eager reference, "captured" steps that became a part of a graph, "fallback" optimizers that run the
-#: reference because a kernel could not be compiled.
+#: How often something was done since the process began: "compiled" counts kernels, "kernel" calls of compiled
+#: steps, "operator" calls of the eager reference, "captured" steps that became a part of a graph, "fallback"
+#: optimizers that run the reference because a kernel could not be compiled.
 counts: Counter[str] = Counter()
 
 
@@ -71,7 +71,7 @@ def of_device(device: str) -> Backend:
 
 
 def launcher(device: str) -> Callable[..., Any]:
-    """The class that runs the kernel of a bucket outside of graphs; see `lowering.launcher.AbstractLauncher`."""
+    """What runs the kernel of a bucket outside of graphs; see `lowering.launcher.AbstractLauncher`."""
     return importlib.import_module(f"{of_device(device).package}.launch").Launcher
 
 

@@ -1,6 +1,7 @@
-"""Nothing that a step depends on changes without effect: each line of the table in optim/changes.py, eager and captured.
+"""Nothing that a step depends on changes without effect: each line of the table in optim/changes.py.
 
-Numbers are 1.0 and the like, and plain SGD has no state, so that what a step does can be read off a parameter.
+Numbers are 1.0 and the like, and plain SGD has no state, so that what a step does can be read off a
+parameter.
 """
 
 from __future__ import annotations
@@ -951,9 +952,8 @@ def test_first_steps_may_run_in_threads():
             p = nn.Parameter(torch.ones(5000)); opt = cls([p], lr=.1); p.grad = torch.ones(5000); opt.step()
         except BaseException as error:
             failed.append(error)
-    threads = [threading.Thread(target=work, args=(cls,)) for cls in (AdamW8bit, Lion8bit, RMSprop8bit, SGD32bit)]
-    [t.start() for t in threads]; [t.join() for t in threads]
-    assert not failed, failed
+    threads = [threading.Thread(target=work, args=(cls,)) for cls in (AdamW8bit, Lion8bit, RMSprop8bit,
+    SGD32bit)] [t.start() for t in threads]; [t.join() for t in threads] assert not failed, failed
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
     assert threading.active_count() >= 1

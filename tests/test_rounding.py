@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from helpers import fake_gpu
-from helpers.buckets import STEP_OPS, Bucket, bits_of, copy, make
+from helpers.buckets import STEP_OPS, Bucket, copy, make
 from torch import nn
 
 from bnb_compile.ops.step import PARAM_DTYPES
@@ -129,7 +129,7 @@ def train(optimizer, params, steps=3, seed=0, scale=1.0):
         optimizer.step()
 
 
-def bits_of(optimizer):
+def tensors_of(optimizer):
     """Parameters and states, to be compared bitwise."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     return [x.clone() for p in params for x in (p.detach(), *optimizer.state[p].values())]
@@ -204,7 +204,7 @@ def test_two_runs_are_equal_and_a_kernel_is_the_eager_step_bitwise(cls, bits):
         mine = copies(params)
         optimizer = cls(mine, lr=1e-3, optim_bits=bits, bf16_stochastic_round=True, compile=compiled)
         train(optimizer, mine, 20 if bits == 32 else 1)
-        runs.append(bits_of(optimizer))
+        runs.append(tensors_of(optimizer))
     assert equal(runs[0], runs[1])
     for one, other in zip(runs[0], runs[2]):
         if one.dtype == torch.bfloat16:
@@ -238,7 +238,7 @@ def test_no_generator_is_asked_and_none_is_changed(compiled):
         before = torch.get_rng_state()
         train(optimizer, mine)
         assert torch.equal(torch.get_rng_state(), before)
-        results.append(bits_of(optimizer))
+        results.append(tensors_of(optimizer))
     assert equal(*results)
 
 
@@ -275,7 +275,7 @@ def test_a_resumed_run_rounds_as_one_that_was_not_interrupted():
     new = AdamW(cold, **options)
     for o, mine in ((optimizer, whole), (fresh, resumed), (new, cold)):
         train(o, mine, 3, seed=1)
-    assert equal(bits_of(optimizer), bits_of(fresh))
+    assert equal(tensors_of(optimizer), tensors_of(fresh))
     assert not torch.equal(whole[0], cold[0])
 
 

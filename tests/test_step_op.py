@@ -285,8 +285,8 @@ def test_schemas() -> None:
     limits = "*, Tensor? grad_scale=None, Tensor? max_unorm=None"
     assert str(STEP_OPS["lion", 8].in_place._schema) == (
         "bnb_compile::lion_step_dynamic8_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!) dynamic8_codes, "
-        f"Tensor(c!) dynamic8_absmax, Tensor(d!) step, Tensor hyper, {limits}, Tensor(o2!)? unorm=None, {flags}) "
-        "-> ()"
+        f"Tensor(c!) dynamic8_absmax, Tensor(d!) step, Tensor hyper, {limits}, Tensor(o2!)? unorm=None, "
+        f"{flags}) -> ()"
     )
     assert str(STEP_OPS["adam_amsgrad", 32].functional._schema) == (
         "bnb_compile::adam_amsgrad_step_float32(Tensor[] params, Tensor?[] grads, Tensor float32_values, "

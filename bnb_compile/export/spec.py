@@ -10,6 +10,7 @@ from torch import Tensor
 
 
 def check_hyper(hyper: Tensor, groups: int, names: Sequence[str]) -> None:
+    """Raise ValueError if a table of hyperparameters has not a row for each group."""
     if tuple(hyper.shape) != (groups, len(names)) or hyper.dtype != torch.float64:
         raise ValueError(
             f"hyper is {spec(hyper)}, must be float64[{groups},{len(names)}]: for each param group "
@@ -30,10 +31,12 @@ def spec(x: Tensor, any_size: bool = False) -> str:
 
 
 def lines(specs: dict[str, str]) -> str:
+    """One line for each tensor."""
     return "\n".join(f"{spec} {name}" for name, spec in specs.items())
 
 
 def difference(key: str, found: dict[str, Any], expected: dict[str, Any]) -> str:
+    """What an entry of an artefact's metadata says that is not so here."""
     theirs, ours = found[key], expected[key]
     if not isinstance(ours, dict):
         return f"{key} is {theirs}, here it is {ours}"

@@ -127,11 +127,11 @@ class OptimizerStep(nn.Module):
         Raises:
             ValueError: If its structure has changed.
         """
-        own = [part.step.data_ptr() for part in self.parts]  # type: ignore[union-attr,operator]
+        own = [part.step.data_ptr() for part in self.parts]  # type: ignore[operator]
         if own != [bucket.step.data_ptr() for bucket in self.optimizer.structure.buckets]:
             raise ValueError(
-                "the optimizer has formed other buckets since this step was made from it (parameters, groups or "
-                "options have changed): make another step"
+                "the optimizer has formed other buckets since this step was made from it (parameters, groups "
+                "or options have changed): make another step"
             )
 
     def forward(self, params: list[Tensor], grads: list[Tensor], hyper: Tensor) -> tuple[()]:

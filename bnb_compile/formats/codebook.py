@@ -234,8 +234,8 @@ class Logarithmic(NamedTuple):
     """The map for an encoder that finds the decade by a logarithm, see lowering/triton/dynamic8.py.
 
     With ``i = floor(log10(a)) + 7`` the cells of decade i are the integers above ``a * slope + start`` with
-    ``slope = 2**(log2_slope - i * log2(5))`` and ``start = first_start * 2**i``, counted so that each decade's
-    are those of a binade.
+    ``slope = 2**(log2_slope - i * log2(5))`` and ``start = first_start * 2**i``, counted so that each
+    decade's are those of a binade.
     """
 
     least: float  # what smaller magnitudes are encoded as
@@ -249,7 +249,8 @@ def _logarithmic(signed: bool) -> Logarithmic:
     first, *_, last, one = SEGMENTS[signed][1:]
     shift = 0 if signed else 1  # of unsigned cells, see _segments
     return Logarithmic(
-        # Within the lowest decade and nearer to 0 than to the first code; without a sign the first code itself.
+        # Within the lowest decade and nearer to 0 than to the first code; without a sign the first code
+        # itself.
         least=1.2 * 10.0**-DECADES if signed else create_dynamic_map(signed)[1].item(),
         log2_slope=_down(math.log2(first.slope)),
         first_start=first.start + shift,

@@ -1,7 +1,7 @@
 """bitsandbytes' 8 bits: codes of the dynamic map, and one scale for each block of elements.
 
-"8-bit Optimizers via Block-wise Quantization", Dettmers et al., https://arxiv.org/abs/2110.02861. A state that
-is never negative has the unsigned map, which is twice as fine.
+"8-bit Optimizers via Block-wise Quantization", Dettmers et al., https://arxiv.org/abs/2110.02861. A state
+that is never negative has the unsigned map, which is twice as fine.
 
 What non-finite and vanishing values do:
 
@@ -197,8 +197,8 @@ def _which_map(qmap: Tensor, name: str) -> bool:
         if qmap.shape == values.shape and torch.allclose(qmap.float(), values, rtol=0, atol=1e-6):
             return signed
     raise ValueError(
-        f"{name}, shape {tuple(qmap.shape)}, is not a dynamic map, neither the signed nor the unsigned one: it "
-        f"begins with {qmap.flatten()[:3].tolist()}"
+        f"{name}, shape {tuple(qmap.shape)}, is not a dynamic map, neither the signed nor the unsigned one: "
+        f"it begins with {qmap.flatten()[:3].tolist()}"
     )
 
 

@@ -1,7 +1,8 @@
 """What a state format is: how the float32 states of a parameter become the tensors that are kept.
 
-A format is an object with one file of its own. The eager step, every load of a checkpoint and every conversion
-use its `store`; the kernels have the same codec, printed or written for an instruction set, see `lowering`.
+A format is an object with one file of its own. The eager step, every load of a checkpoint and every
+conversion use its `store`; the kernels have the same codec, printed or written for an instruction set, see
+`lowering`.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ class AbstractLauncher:
         """Update the parameters that have a gradient.
 
         Args:
-            grads: For each parameter None or a gradient of its shape, on its device, with memory of its own; at
+            grads: For each parameter None or a gradient of its shape, on its device, with memory of its own;
+                at
                 least one of them.
             dtype: Of all gradients.
         """
@@ -80,7 +81,7 @@ def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
         for k, (x, address) in enumerate(zip(tensors, found)):
             if address == 1 and x is not None and x.numel():
                 raise ValueError(
-                    f"tensor {k} of {len(tensors)}, {x.dtype} {tuple(x.shape)}, has no memory: its storage was "
-                    f"freed, or it is a {type(x).__name__} around other tensors"
+                    f"tensor {k} of {len(tensors)}, {x.dtype} {tuple(x.shape)}, has no memory: its storage "
+                    f"was freed, or it is a {type(x).__name__} around other tensors"
                 )
     return found

@@ -1,7 +1,7 @@
 """Defining and calling a kernel in the code that Inductor writes, its wrapper.
 
-Beside `_inductor` the only place that knows Inductor's private interface; both languages are here so that a new
-torch breaks, and is mended, in one file.
+Beside `_inductor` the only place that knows Inductor's private interface; both languages are here so that a
+new torch breaks, and is mended, in one file.
 """
 
 from __future__ import annotations

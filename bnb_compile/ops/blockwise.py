@@ -1,4 +1,4 @@
-"""Block-wise quantisation to 8 bits as operators: one scale, the largest magnitude, for each block of elements.
+"""Block-wise quantisation to 8 bits as operators: one scale, the largest magnitude, for each block.
 
 See `formats.dynamic8` for what they compute, and for what non-finite and vanishing values do.
 """

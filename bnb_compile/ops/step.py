@@ -48,9 +48,9 @@ def _mistakes(op: StepOp, a: Arguments) -> Iterator[str]:
         yield f"{len(a.params)} params and {len(a.grads)} grads; must be equally many, at least one"
         return
     for what, tensors in (("params", a.params), ("grads", a.grads)):
-        dtypes = {x.dtype for x in tensors if x is not None}
-        if len(dtypes) > 1 or not dtypes <= set(PARAM_DTYPES):
-            yield f"{what} are of {dtypes}, must be of one dtype of {PARAM_DTYPES}"
+        found = {x.dtype for x in tensors if x is not None}
+        if len(found) > 1 or not found <= set(PARAM_DTYPES):
+            yield f"{what} are of {found}, must be of one dtype of {PARAM_DTYPES}"
     yield from a.options.mistakes()
     if a.options.stochastic_round and a.params[0].dtype != torch.bfloat16:
         yield f"stochastic_round of params of {a.params[0].dtype}, must be torch.bfloat16"

@@ -1,35 +1,36 @@
 """What a step depends on, and how a change of it is noticed. This module owns the answer.
 
-Everything is **data** that the step reads, a **guard** (an eager step looks; a captured one too, because Dynamo
-evaluates `Changes.look` as a guard and compiles again when its answer is another one), or it **raises**:
+Everything is **data** that the step reads, a **guard** (an eager step looks; a captured one too, because
+Dynamo evaluates `Changes.look` as a guard and compiles again when its answer is another one), or it
+**raises**:
 
-| what                                | answer                                                                    |
-|-------------------------------------|---------------------------------------------------------------------------|
-| values of parameters and gradients  | data                                                                      |
-| which parameters have a gradient    | data (eager), guard of Dynamo's own (captured)                            |
-| a gradient's strides and address    | data (eager), guard of Dynamo's own (captured)                            |
-| a gradient's dtype                  | data (eager), guard of Dynamo's own (captured); raises if sparse, complex |
-| a gradient's shape, device          | raises if not its parameter's                                             |
-| a gradient that is negated lazily   | resolved                                                                  |
-| a parameter's address               | data; guard where parameters begin to overlap                             |
-| a parameter's dtype, device, shape  | guard: its state moves along; with another shape it begins anew           |
-| a parameter that overlaps itself    | raises, as a wrapper subclass does                                        |
-| requires_grad                       | guard, until a parameter has a state; then only its gradient counts       |
-| the parameters of a group           | guard                                                                     |
-| the list of groups                  | guard; a parameter in no group keeps its state and is not updated         |
-| hyperparameters that are numbers    | data, written at once                                                     |
-| hyperparameters that are tensors    | data, read by each step; guard if there is another tensor                 |
-| options of a group, and of `args`   | guard; `max_unorm` and `percentile_clipping` are data above 0, below 100   |
-| `max_grad_norm`                     | data; guard if it is switched on or off                                   |
-| `amp_fused`, `is_paged`, `bf16_...` | guard                                                                     |
-| overrides, bitsandbytes' too        | guard; hyperparameters are data                                           |
-| values of a state                   | data, written at once; raises if they do not fit                          |
-| a state that is taken away          | data: it begins anew, at once                                             |
-| ``optimizer.state`` itself          | guard: another one has another structure                                  |
-| `grad_scale`, `found_inf`           | data                                                                      |
+| what                                | answer                                                               |
+|-------------------------------------|----------------------------------------------------------------------|
+| values of parameters and gradients  | data                                                                 |
+| which parameters have a gradient    | data (eager), Dynamo's guard (captured)                              |
+| a gradient's strides and address    | data (eager), Dynamo's guard (captured)                              |
+| a gradient's dtype                  | data (eager), Dynamo's guard (captured); raises if sparse or complex |
+| a gradient's shape, device          | raises if not its parameter's                                        |
+| a gradient that is negated lazily   | resolved                                                             |
+| a parameter's address               | data; guard where parameters begin to overlap                        |
+| a parameter's dtype, device, shape  | guard: its state moves along; with another shape it begins anew      |
+| a parameter that overlaps itself    | raises, as a wrapper subclass does                                   |
+| requires_grad                       | guard until a parameter has a state; then its gradient counts        |
+| the parameters of a group           | guard                                                                |
+| the list of groups                  | guard; a parameter in no group keeps its state and is not updated    |
+| hyperparameters that are numbers    | data, written at once                                                |
+| hyperparameters that are tensors    | data, read by each step; guard if there is another tensor            |
+| options of a group, and of `args`   | guard; data: `max_unorm` above 0, `percentile_clipping` below 100    |
+| `max_grad_norm`                     | data; guard if it is switched on or off                              |
+| `amp_fused`, `is_paged`, `bf16_...` | guard                                                                |
+| overrides, bitsandbytes' too        | guard; hyperparameters are data                                      |
+| values of a state                   | data, written at once; raises if they do not fit                     |
+| a state that is taken away          | data: it begins anew, at once                                        |
+| ``optimizer.state`` itself          | guard: another one has another structure                             |
+| `grad_scale`, `found_inf`           | data                                                                 |
 
-"At once" is for CUDA graphs: a replay runs no Python that could look. What is a guard above a replay cannot notice;
-capture again after such a change.
+"At once" is for CUDA graphs: a replay runs no Python that could look. What is a guard above a replay cannot
+notice; capture again after such a change.
 """
 
 from __future__ import annotations
@@ -78,20 +79,19 @@ class Source(NamedTuple):
 class Changes(OpaqueBase):
     """Notices what has changed since an optimizer's structure was formed.
 
-    For Dynamo it is an opaque object: `look` is its guard, and `prepare` runs for real while a step is traced.
+    For Dynamo it is an opaque object: `look` is its guard, and `prepare` runs for real while a step is
+    traced.
     """
 
     def __init__(self, optimizer: Optimizer8bit) -> None:
         self._optimizer: Any = weakref.ref(optimizer)
         self._version = 0
         self._sources: list[Source] = []
-        self._written: list[
-            tuple[Any, ...]
-        ] = []  # for each source, the hyperparameters that are in the tensors
+        self._written: list[tuple[Any, ...]] = []  # for each source, what is in the tensors
         self._overrides: dict[int, dict[str, Any]] = {}  # by id of the parameter
-        self._overrides_version: Any = None
         self._seen: Any = None  # what the structure was formed from
-        self._placed: list[Tensor] = []
+        self._placed: list[Tensor] = []  # what a step may update
+        self._members: list[Tensor] = []  # what has a place, with those that are in no group now
         self._specs: list[Any] = []
         self._addresses: Any = None
         self._waiting: list[Tensor] = []  # parameters of groups that had no gradient to wait for
@@ -166,7 +166,7 @@ class Changes(OpaqueBase):
             return "optimizer.state was replaced"
         if self._facts() != self._seen:
             return "groups or options have changed"
-        if list(map(_SPECS, self._placed)) != self._specs:
+        if list(map(_SPECS, self._members)) != self._specs:
             return "a parameter has another shape, dtype or device"
         if any(param.requires_grad or param.grad is not None for param in self._waiting):
             return "a parameter without a state has a gradient, or requires one"
@@ -247,32 +247,43 @@ class Changes(OpaqueBase):
         optimizer.bring_max_grad_norm()
         self._seen = facts
         self._placed = [w.param for w in wanted]
-        self._specs = list(map(_SPECS, self._placed))
+        self._members = [param for bucket in structure.buckets for param in bucket.params]
+        self._specs = list(map(_SPECS, self._members))
         self._addresses = None if backends.replaces_tensors() else _addresses(self._placed)
         self._waiting = [
             param for param in params_of(optimizer.param_groups) if id(param) not in structure.places
         ]
 
     def _switch(self) -> bool:
-        """Follow ``optimizer.state`` to another structure; returns whether its tensors must stay the state."""
+        """Follow ``optimizer.state`` to another structure; returns whether its tensors must stay."""
         optimizer = self.optimizer
         state = optimizer.state
-        self._version += 1
-        self._written.clear()
-        self._sources.clear()
         if self.structure is not optimizer.structure:
+            self._version += 1
+            self._written.clear()
+            self._sources.clear()
             optimizer.structure = self.structure
             return False
         if backends.is_traced() and any(
             entry and not isinstance(entry.get("step"), Tensor) for entry in state.values()
         ):
             raise ValueError(
-                "a state has a number as its step, which a traced graph would repeat for ever: make it a tensor, "
-                'entry["step"] = torch.tensor(entry["step"])'
+                "a state has a number as its step, which a traced graph would repeat for ever: make it a "
+                'tensor, entry["step"] = torch.tensor(entry["step"])'
             )
-        optimizer.structure = Structure(optimizer.key_names)
-        optimizer.state = optimizer.structure.new_states(state)
+        self.begin_anew(state)
         return bool(state)
+
+    def begin_anew(self, state: Mapping[Any, Any] | None = None) -> Structure:
+        """Give ``optimizer.state`` a structure that has no bucket yet, and entries for it to read."""
+        optimizer = self.optimizer
+        self._version += 1
+        self._written.clear()
+        self._sources.clear()
+        optimizer.structure = Structure(optimizer.key_names)
+        optimizer.state = optimizer.structure.new_states(state or {})
+        self._seen = None
+        return optimizer.structure
 
     def _read_overrides(self) -> None:
         manager = GlobalOptimManager.get_instance()
@@ -308,7 +319,7 @@ class Changes(OpaqueBase):
         optimizer = self.optimizer
         family, states = optimizer.family, optimizer.state
         found: dict[int, Wanted] = {}
-        of_group: list[tuple[Mapping[str, Any], Tensor]] = []
+        of_group: list[tuple[dict[str, Any], Tensor]] = []
         for group in optimizer.param_groups:
             for param in group["params"]:
                 if param.requires_grad or param.grad is not None or param in states:
@@ -363,7 +374,7 @@ class Changes(OpaqueBase):
 
 
 def _key(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What hyperparameters are compared by; a tensor is read by each step, so that only which it is counts."""
+    """What hyperparameters are compared by; of a tensor, which each step reads, only which it is."""
     return tuple(("tensor", id(v)) if isinstance(v, Tensor) else float(v) for v in values)
 
 

@@ -1,7 +1,7 @@
 """Clipping without a synchronisation: percentiles of earlier norms, a global norm, and a scaler's verdict.
 
-All of it becomes one factor for each parameter's gradient, which the step multiplies in, so clipping adds one read
-of the gradients (for the norms) and no write.
+All of it becomes one factor for each parameter's gradient, which the step multiplies in, so clipping adds one
+read of the gradients (for the norms) and no write.
 """
 
 from __future__ import annotations

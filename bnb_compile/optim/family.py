@@ -22,13 +22,15 @@ class Family:
         name: bitsandbytes' `optimizer_name`.
         moments: 1 or 2, states of an element in bitsandbytes: the base is `Optimizer1State` or `...2State`.
         rule: The rule that a group asks for.
-        betas: Names of the entries of ``group["betas"]``. They are fields of the rule's hyperparameters; as keys of
+        betas: Names of the entries of ``group["betas"]``. They are fields of the rule's hyperparameters; as
+            keys of
             a group they take the place of the entry.
         extras: Further keys of a group, with their defaults; flags have a bool.
         check: Raises ValueError for values that do not go together.
         unused: Which of `betas` and `eps` the algorithm does not have.
         initial: What the states of a group's parameters begin with; zeros by default.
-        numbers: Which states of the rule stand under each number in bitsandbytes' keys (`state1`, `state2`, ...);
+        numbers: Which states of the rule stand under each number in bitsandbytes' keys (`state1`, `state2`,
+            ...);
             by default each state has a number of its own.
     """
 
@@ -45,8 +47,8 @@ class Family:
     def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The defaults of an optimizer, from its arguments.
 
-        What a schedule of momentum may change is found there by torch's schedulers: ``betas``, of which they take
-        the first, or ``momentum``.
+        What a schedule of momentum may change is found there by torch's schedulers: ``betas``, of which they
+        take the first, or ``momentum``.
         """
         if self.betas[0] in ("beta1", "momentum") and "betas" not in self.unused:
             return dict(given)
@@ -58,7 +60,7 @@ class Family:
         return self.numbers or tuple((k,) for k in range(len(rule.states)))
 
     def hyper(self, group: Group) -> tuple[Any, ...]:
-        """A group's values of its rule's hyperparameters, matched by name: numbers or tensors with one element.
+        """A group's values of its rule's hyperparameters: numbers or tensors with one element.
 
         Raises:
             ValueError: If the group has no such value, or not as many betas as the algorithm.

@@ -27,8 +27,8 @@ class Optimizer8bit(torch.optim.Optimizer):
     """An optimizer whose states live in arenas and whose step is one kernel for each bucket.
 
     A bucket holds the parameters of one device, dtype and state format. States are created at the first
-    step, or by `init_state`, for parameters that require a gradient or have one. What a step depends on, and how
-    a change of it is noticed, is said in `bnb_compile.optim.changes`.
+    step, or by `init_state`, for parameters that require a gradient or have one. What a step depends on, and
+    how a change of it is noticed, is said in `bnb_compile.optim.changes`.
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of them, as for any torch optimizer.
@@ -45,6 +45,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     """
 
     family: Family
+    _opt_called: bool  # what torch's schedulers set and read
     bits: ClassVar[int | None] = None  # of a class that is named for them
     paged: ClassVar[bool] = False  # of a class that is named for it
     #: What keys of ``optimizer.state[param]`` are called instead of bitsandbytes' usual names.
@@ -156,7 +157,8 @@ class Optimizer8bit(torch.optim.Optimizer):
 
         Returns:
             list[dict]: For each parameter `name` (where the optimizer was given names, else its index),
-            `shape`, `numel`, `bits` of a state (None if it has none), `format`, `reason` and `bytes_per_param`.
+            `shape`, `numel`, `bits` of a state (None if it has none), `format`, `reason` and
+            `bytes_per_param`.
         """
         return saving.precision_report(self, self._changes)
 
@@ -175,7 +177,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         Raises:
             TypeError: If a gradient is sparse, or not of a dtype that a step can take; nothing has
                 been changed then.
-            ValueError: If a gradient has not its parameter's shape, or something has changed to a value that is
+            ValueError: If a gradient has not its parameter's shape, or something has changed to a value that
+                is
                 out of range; likewise.
         """
         result = None
@@ -252,10 +255,10 @@ class Optimizer8bit(torch.optim.Optimizer):
                 param.grad.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as bitsandbytes lays it out, with `step` as an int for each parameter; nothing is changed.
+        """The state as bitsandbytes lays it out, with `step` as an int for each parameter.
 
-        Tensors are views of the live state, as torch's are: copy them before the next step changes them. States of
-        parameters that are in no group are not saved, as they have no index.
+        Tensors are views of the live state, as torch's are: copy them before the next step changes them.
+        States of parameters that are in no group are not saved, as they have no index.
         """
         return saving.state_dict(self, self._changes)
 

@@ -15,7 +15,8 @@ class Options(TypedDict, total=False):
     Attributes:
         optim_bits: 8 for block-wise quantised states, 32 (the default) for float32. A class named for a
             number of bits has that many; there 32 is also accepted as bitsandbytes' default.
-        states: Name of a state format (see `bnb_compile.formats`), more exactly than by `optim_bits`: "dynamic8" is
+        states: Name of a state format (see `bnb_compile.formats`), more exactly than by `optim_bits`:
+            "dynamic8" is
             what 8 stands for, "float32" what 32 does, "bfloat16" has two bytes and no scales.
         args: An object, or a dict, whose `optim_bits`, `min_8bit_size`, ... replace these arguments.
         min_8bit_size: Parameters with fewer elements have float32 states instead of 8-bit ones.
@@ -24,13 +25,15 @@ class Options(TypedDict, total=False):
         skip_zeros: Whether an element whose gradient is zero keeps its value and its states.
         percentile_clipping: Percentile of the last 100 gradient norms of a parameter, to which its gradient
             is clipped; 100 is off.
-        block_wise: Whether each block of an 8-bit state has a scale of its own; otherwise a parameter has one.
+        block_wise: Whether each block of an 8-bit state has a scale of its own; otherwise a parameter has
+            one.
         is_paged: Whether states of parameters with 100,000 elements or more are in CUDA managed memory, from
             which the driver moves to the host what does not fit into the GPU. Without a GPU: ordinary memory.
         max_grad_norm: Largest norm of all gradients together, to which the step clips them; None is off.
         amp_fused: Whether a ``GradScaler`` hands its scale and its verdict to the step, which then unscales,
             and skips itself, without a synchronisation. Off by default, as Lightning refuses to clip then.
-        bf16_stochastic_round: Whether bfloat16 parameters are rounded stochastically, so that small updates are
+        bf16_stochastic_round: Whether bfloat16 parameters are rounded stochastically, so that small updates
+            are
             not lost; see `bnb_compile.rules.rounding`.
         compile: Whether `step` runs the compiled kernel; False runs the eager reference; "auto" the kernel if
             it can be compiled here, and else, with a warning, the reference.

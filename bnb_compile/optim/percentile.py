@@ -68,7 +68,8 @@ class PercentileClipper:
         for grad in grads:
             if grad is not None and (grad.layout is not torch.strided or grad.dtype not in NORM_DTYPES):
                 raise TypeError(
-                    f"a gradient of {grad.dtype}, {grad.layout}: must be strided (dense) and one of {NORM_DTYPES}"
+                    f"a gradient of {grad.dtype}, {grad.layout}: must be strided (dense) "
+                    f"and one of {NORM_DTYPES}"
                 )
         norms = gradient_norms(grads, self.ring.device)
         present = None

@@ -39,9 +39,8 @@ def state_dict(optimizer: Optimizer8bit, changes: Changes) -> dict[str, Any]:
             states[key] = entry
         elif id(key) in index and entry:
             place = structure.places.get(id(key))
-            own = place is not None and entry is place.bucket.entries[place.k] and not entry.replaced
             saved = dict(entry)
-            if own:
+            if place is not None and entry is place.bucket.entries[place.k] and not entry.replaced:
                 saved["step"] = int(steps[place.bucket][place.k])
             elif isinstance(saved.get("step"), Tensor):
                 saved["step"] = int(saved["step"])
@@ -84,7 +83,9 @@ def load_state_dict(optimizer: Optimizer8bit, changes: Changes, state_dict: dict
     for group, content in zip(optimizer.param_groups, contents):
         group.update(content)
     known = params_of(optimizer.param_groups)
-    if structure.buckets:
+    if optimizer.state is not structure.states:
+        structure = changes.begin_anew()  # what replaced the state is replaced in turn
+    elif structure.buckets:
         changes.prepare()
     for param in known:
         structure.load(param, entries.get(param))

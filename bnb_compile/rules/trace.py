@@ -69,10 +69,10 @@ _CONSTANTS = (
 )
 #: Names that printed functions have for themselves, beside t0, t1, ...
 RESERVED = frozenset(
-    "param grad state states s hyper step out FAST div sqrt tl triton V I std at auto bool break case char class "
-    "const default delete do double else enum extern float for goto if inline int long namespace new operator "
-    "private public register return short signed sizeof static struct switch template this typedef union "
-    "unsigned using virtual void volatile while".split()
+    "param grad state states s hyper step out FAST div sqrt tl triton V I std at auto bool break case char "
+    "class const default delete do double else enum extern float for goto if inline int long namespace new "
+    "operator private public register return short signed sizeof static struct switch template this typedef "
+    "union unsigned using virtual void volatile while".split()
 )
 
 #: make_fx patches torch while it traces, so one thread traces at a time.
@@ -103,7 +103,7 @@ def _pow(x: torch.Tensor, exponent: float) -> Any:
     return product
 
 
-_DECOMPOSITIONS = {
+_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.rsub.Scalar: _rsub,
     aten.rsub.Tensor: _rsub,
     aten.pow.Tensor_Scalar: _pow,
@@ -140,9 +140,8 @@ def trace(function: Callable[..., Sequence[torch.Tensor]], count: int, dtype: to
         if node.op != "call_function" or is_constant(node):
             continue
         if node.target not in OPERATIONS or node.kwargs:
-            raise NotImplementedError(
-                f"{node.format_node()}: a rule may use {', '.join(sorted({*OPERATIONS.values()} - OF_INTEGERS))}"
-            )
+            allowed = sorted({*OPERATIONS.values()} - OF_INTEGERS)
+            raise NotImplementedError(f"{node.format_node()}: a rule may use {', '.join(allowed)}")
     return module.graph
 
 
@@ -157,7 +156,7 @@ def constant_of(node: torch.fx.Node) -> float:
         return 1.0
     if node.target is aten.zeros_like.default:
         return 0.0
-    return node.args[0 if node.target is aten.scalar_tensor.default else 1]
+    return node.args[0 if node.target is aten.scalar_tensor.default else 1]  # type: ignore[return-value]
 
 
 class TracedRule(NamedTuple):

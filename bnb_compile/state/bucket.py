@@ -61,7 +61,8 @@ class Bucket:
         max_unorm: (n,) float32, limits of trust ratios; None without them.
         percentile: (n,) int64, of the ring; None without percentile clipping.
         gnorm: (n, 100) float32, ring of squared gradient norms; likewise.
-        unorm: (n,) float32, squared norm of each last update, as bitsandbytes keeps; None without trust ratios.
+        unorm: (n,) float32, squared norm of each last update, as bitsandbytes keeps; None without trust
+            ratios.
         grad_scale: (n,) float32, what gradients are multiplied by; None until something asks for it.
         entries: What ``optimizer.state`` has of each parameter.
         idle: Parameters that are in no group now: they keep their states and are not updated.
@@ -214,7 +215,8 @@ class Bucket:
         Args:
             grads: Theirs.
             factor: (n,) float32, what to multiply gradients by; not finite, to leave a parameter as it is.
-            compiled: Whether to run the kernel, after `compile`; otherwise the operator, which is what a graph
+            compiled: Whether to run the kernel, after `compile`; otherwise the operator, which is what a
+                graph
                 captures, and eagerly the reference.
         """
         if self.hyper.live:

@@ -105,8 +105,8 @@ def unpack(entry: Mapping[str, Any], numbers: Numbers, where: str) -> dict[str, 
             together = len(members) > 1 and isinstance(value, Tensor) and name != "qmap"
             if together and (not value.dim() or len(value) != len(members)):
                 raise ValueError(
-                    f"{where}: {name}{n} has shape {tuple(value.shape)}, must have {len(members)} rows, one for "
-                    f"each of its states"
+                    f"{where}: {name}{n} has shape {tuple(value.shape)}, must have {len(members)} rows, one "
+                    f"for each of its states"
                 )
             for j, k in enumerate(members):
                 unpacked[f"{name}{k + 1}"] = value[j] if together else value

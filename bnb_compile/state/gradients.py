@@ -50,7 +50,7 @@ def collect(params: Sequence[Tensor], specs: Sequence[Spec], idle: frozenset[int
         dtypes = {_checked(spec, grad) for spec, grad in zip(specs, grads) if grad is not None}
         return Gradients(grads, tuple(sorted(dtypes, key=str)))
     # The same, with loops in C.
-    present = grads
+    present: list = grads
     if _NONE in map(id, grads):
         specs = [spec for spec, grad in zip(specs, grads) if grad is not None]
         present = [grad for grad in grads if grad is not None]
@@ -72,7 +72,7 @@ def _checked(spec: Spec, grad: Tensor) -> torch.dtype:
     shape, device, _ = spec
     if grad.shape != shape or grad.device != device:
         raise ValueError(
-            f"a gradient of shape {tuple(grad.shape)} on {grad.device}, of a parameter of shape {tuple(shape)} on "
-            f"{device}: set it to None when the parameter changes"
+            f"a gradient of shape {tuple(grad.shape)} on {grad.device}, of a parameter of shape "
+            f"{tuple(shape)} on {device}: set it to None when the parameter changes"
         )
     return grad.dtype

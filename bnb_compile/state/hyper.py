@@ -12,8 +12,8 @@ from torch import Tensor
 class HyperTable:
     """A row of hyperparameters for each parameter of a bucket.
 
-    Numbers are written into the table when they change. A tensor, such as a learning rate that a schedule fills,
-    is read at each step, also in a graph.
+    Numbers are written into the table when they change. A tensor, such as a learning rate that a schedule
+    fills, is read at each step, also in a graph.
 
     Args:
         count: n, parameters.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..ops.step import PARAM_DTYPES
@@ -22,14 +23,14 @@ def check_parameter(param: object) -> None:
         raise TypeError(f"a parameter is a {type(param).__name__}, must be a tensor")
     if is_traceable_wrapper_subclass(param):
         raise TypeError(
-            f"a parameter is a {type(param).__name__}, which has no memory of its own: only ordinary tensors can "
-            "be updated; pass the tensors inside it"
+            f"a parameter is a {type(param).__name__}, which has no memory of its own: only ordinary tensors "
+            "can be updated; pass the tensors inside it"
         )
     if param.dtype not in PARAM_DTYPES:
         raise TypeError(f"a parameter of {param.dtype}: must be one of {PARAM_DTYPES}")
     if param.layout is not torch.strided:
         raise TypeError(f"a parameter of layout {param.layout}: must be strided (dense)")
-    if isinstance(param, torch.nn.parameter.UninitializedTensorMixin):
+    if isinstance(param, UninitializedTensorMixin):
         return  # has no shape yet
     if param.is_neg():
         raise ValueError("a parameter is negated lazily: use param.resolve_neg()")
@@ -62,8 +63,8 @@ def span(tensor: Tensor) -> tuple[int, int]:
 def waves(params: Sequence[Tensor]) -> list[int]:
     """A number for each parameter, so that those with the same number do not overlap.
 
-    Parameters whose spans of addresses overlap are taken to overlap, as columns of one matrix do; being updated
-    one after another is right for them too. Almost always all are 0.
+    Parameters whose spans of addresses overlap are taken to overlap, as columns of one matrix do; being
+    updated one after another is right for them too. Almost always all are 0.
     """
     found = [0] * len(params)
     spans = sorted((*span(param), k) for k, param in enumerate(params))

@@ -46,14 +46,15 @@ class Place(NamedTuple):
 class Structure:
     """The buckets, and what is known of the parameters in them.
 
-    It belongs to an ``optimizer.state``: if that is replaced, the new one has a structure of its own, and the old
-    one comes back with it. It is the `Listener` of its entries.
+    It belongs to an ``optimizer.state``: if that is replaced, the new one has a structure of its own, and the
+    old one comes back with it. It is the `Listener` of its entries.
 
     Attributes:
         buckets: All of them.
         places: By id of the parameter, which its bucket keeps alive.
         wanted: What each parameter with a place was given it for, by id.
-        links: Tensors of a mapping that replaced ``optimizer.state``: views of the arenas, and the tensors that
+        links: Tensors of a mapping that replaced ``optimizer.state``: views of the arenas, and the tensors
+            that
             are copied in before a step and out after it, so that they stay the state.
         touched: Ids of parameters whose entries a user has written to, so that the next look takes them over.
     """
@@ -95,7 +96,12 @@ class Structure:
                 return False
             current.add(id(w.param))
         return all(
-            key in current or (place.k in place.bucket.idle and place.bucket.params[place.k] in self.states)
+            key in current
+            or (
+                place.k in place.bucket.idle
+                and not self._changed(place)
+                and place.bucket.params[place.k] in self.states
+            )
             for key, place in self.places.items()
         )
 
@@ -104,11 +110,18 @@ class Structure:
         bucket, k = place
         return bucket.params[k].shape != bucket.specs[k][0]
 
+    @staticmethod
+    def _changed(place: Place) -> bool:
+        """Whether a parameter is no longer for its bucket."""
+        (param, spec), kind = (place.bucket.params[place.k], place.bucket.specs[place.k]), place.bucket.kind
+        return param.shape != spec[0] or param.dtype != kind.dtype or param.device != kind.device
+
     def form(self, wanted: Sequence[Wanted], link: bool = False) -> None:
         """Give every parameter its place; states are kept, and converted where they must be.
 
         Args:
-            wanted: What is wanted of all parameters that a step may update. The others that have a place keep it
+            wanted: What is wanted of all parameters that a step may update. The others that have a place keep
+                it
                 while ``optimizer.state`` has them, and are idle.
             link: Whether entries that are given stay the state.
         """
@@ -117,7 +130,9 @@ class Structure:
             place.bucket
             for key, place in self.places.items()
             if (key in by_id and (by_id[key].kind != place.bucket.kind or self._moved(place)))
-            or (key not in by_id and place.bucket.params[place.k] not in self.states)
+            or (
+                key not in by_id and (self._changed(place) or place.bucket.params[place.k] not in self.states)
+            )
         }
         saved = self._take_out(outdated, by_id)
         new = [w for key, w in by_id.items() if key not in self.places]
@@ -142,8 +157,14 @@ class Structure:
             for k, param in enumerate(bucket.params):
                 key = id(param)
                 self._of_entry.pop(id(bucket.entries[k]), None)
-                del self.places[key]
-                if key in by_id or param in self.states:
+                changed = self._changed(self.places.pop(key))
+                if changed and key not in by_id:
+                    # Its state has no place until a group has it again.
+                    bucket.entries[k].detach()
+                    self.wanted.pop(key)
+                    if param.shape != bucket.specs[k][0]:
+                        self.states.pop(param, None)
+                elif key in by_id or param in self.states:
                     rule = by_id[key].kind.op.rule if key in by_id else bucket.op.rule
                     fits = param in self.states and not self._moved(Place(bucket, k))
                     saved[key] = _carried(bucket.saved(k), bucket.op.rule, rule, param) if fits else None
@@ -187,8 +208,9 @@ class Structure:
     def _link(self, place: Place, read: SavedState, given: Mapping[str, Any]) -> None:
         for key, view in place.bucket.views(place.k).items():
             tensor = flatten(given).get(key)
-            same = isinstance(tensor, Tensor) and tensor.shape == view.shape
-            if same and (key == "step" or tensor.dtype == view.dtype) and not key.startswith("qmap"):
+            if not isinstance(tensor, Tensor) or tensor.shape != view.shape or key.startswith("qmap"):
+                continue
+            if key == "step" or tensor.dtype == view.dtype:
                 self.links.append((view, tensor))
 
     def _read(self, place: Place, state: Any, key: Any = "assigned", check: bool = True) -> SavedState:
@@ -234,7 +256,8 @@ class Structure:
             current: Ids of the parameters that are in a group now.
 
         Returns:
-            bool: Whether that was all; False if a parameter that is in no group has lost its state, so that it
+            bool: Whether that was all; False if a parameter that is in no group has lost its state, so that
+                it
             must lose its place too.
 
         Raises:
@@ -336,7 +359,7 @@ class Structure:
 
 
 def _carried(saved: SavedState, old: Rule, new: Rule, param: Tensor) -> SavedState | None:
-    """A state for another rule: states of the same names go on; None if there is none, so that all begin anew."""
+    """A state for another rule: states of the same names go on; None if there is none."""
     if old is new:
         return saved
     names = {state.name: k for k, state in enumerate(old.states)}

@@ -1,8 +1,8 @@
 """Dicts that tell a listener when the user changes them: param groups and states.
 
-A replayed CUDA graph runs no Python, so it could not look whether ``group["lr"]`` or ``optimizer.state[param]``
-has changed. Therefore a write itself brings the new value to the tensors that the step reads. (Every other step
-looks, see `optim.changes`; it needs no containers that watch.)
+A replayed CUDA graph runs no Python, so it could not look whether ``group["lr"]`` or
+``optimizer.state[param]`` has changed. Therefore a write itself brings the new value to the tensors that the
+step reads. (Every other step looks, see `optim.changes`; it needs no containers that watch.)
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from typing import Any, Protocol
 from torch import Tensor
 
 
-class Listener(Protocol):
-    """Whom the containers tell of a user's writes."""
+class GroupListener(Protocol):
+    """Whom param groups tell of a user's writes."""
 
     def group_written(self, group: dict[str, Any]) -> None:
         """A param group has changed; raises ValueError to refuse it."""
 
+
+class Listener(Protocol):
+    """Whom the states tell of a user's writes."""
+
     def entry_written(self, entry: Entry, key: str, value: Any) -> bool:
-        """A value is put into the state of a parameter; returns whether it has been copied, so that the entry
-        need not keep it.
-        """
+        """A value is put into the state of a parameter; returns whether it is copied, so need not be kept."""
 
     def state_assigned(self, param: Tensor, state: Any) -> Any:
         """A parameter is given another state; returns what to keep for it."""
@@ -52,7 +54,7 @@ class Watched(dict):
             raise KeyError(key)
         self._remove([key])
 
-    def __ior__(self, other: Any) -> Watched:  # type: ignore[misc,override]
+    def __ior__(self, other: Any) -> Watched:  # type: ignore[misc]
         self._write(dict(other))
         return self
 
@@ -92,7 +94,7 @@ class Watched(dict):
 class ParamGroup(Watched):
     """An entry of ``optimizer.param_groups``: an ordinary dict for its user."""
 
-    def __init__(self, group: dict[str, Any], listener: Listener) -> None:
+    def __init__(self, group: dict[str, Any], listener: GroupListener) -> None:
         super().__init__(group)
         self._listener = weakref.ref(listener)
 
@@ -151,7 +153,7 @@ class Entry(Watched):
 
     def detach(self) -> None:
         """Keep the values, as copies, when the views will be of something else."""
-        self._listener = lambda: None  # type: ignore[assignment,return-value]
+        self._listener = lambda: None  # type: ignore[assignment]
         for key, value in self.items():
             if isinstance(value, Tensor):
                 dict.__setitem__(self, key, value.clone())
@@ -184,7 +186,7 @@ class States(defaultdict):
     def __delitem__(self, param: Any) -> None:
         self.pop(param)
 
-    def __ior__(self, other: Any) -> States:  # type: ignore[misc,override]
+    def __ior__(self, other: Any) -> States:  # type: ignore[misc]
         self.update(other)
         return self
 

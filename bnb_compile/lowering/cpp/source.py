@@ -125,7 +125,8 @@ def kernel(
         param_dtype: Dtype of the parameters.
         grad_dtype: Dtype of the gradients.
         arguments: C++ parameters before those of `state_arguments`.
-        rows: Statements that leave ``const Parameter* rows``, ``int64_t count``, and the number of ``elements``
+        rows: Statements that leave ``const Parameter* rows``, ``int64_t count``, and the number of
+            ``elements``
             and ``blocks`` of the arenas, unless these are arguments.
     """
     declarations = [f"{type_} {argument}" for argument, type_ in state_arguments(op, modes).items()]

@@ -34,9 +34,9 @@ ONE_CELL = tl.constexpr(_UNSIGNED.one_cell - 0.001)
 def encode_fast(x, SIGNED: tl.constexpr):
     """Code of the dynamic map for `x` in [-1, 1], in the low byte of an int32.
 
-    The cells of a decade are the integers of a binade (formats/codebook.py: Logarithmic); logarithm and power are
-    one instruction each. Nearest but for values within rounding of a midpoint, and for those just above half of
-    the smallest code, which become 0.
+    The cells of a decade are the integers of a binade (formats/codebook.py: Logarithmic); logarithm and power
+    are one instruction each. Nearest but for values within rounding of a midpoint, and for those just above
+    half of the smallest code, which become 0.
     """
     START: tl.constexpr = SIGNED_START if SIGNED else UNSIGNED_START
     # Without a sign a number above 0 is not rounded to 0 (codebook.never_zero).

@@ -39,7 +39,7 @@ def lower_step(op: StepOp, a: Arguments) -> None:
     }
     arenas = {arena.name: x for arena, x in zip(op.arenas, a.arenas)}
     select = lowerings[torch.ops.aten.select.int]
-    rows = {row.name: select(arenas[row.arena], 0, row.index) for row in source.arena_rows(op)}
+    rows = {row.name: select(arenas[row.arena], 0, row.number) for row in source.arena_rows(op)}
     constant = {name: _inductor.constant(x, device) for name, x in constants.items()}
     TritonStepNode(op, a, scratch, constant | rows, launches)
 

@@ -1,7 +1,7 @@
 """The kernels of a step and of tensor_norms, but for what a rule and its formats bring.
 
-`source` prints a function for each of these as the last argument of a program here, and an entry that passes the
-tensors on; an argument that an entry does not have is None. Arguments, for n parameters in the bucket:
+`source` prints a function for each of these as the last argument of a program here, and an entry that passes
+the tensors on; an argument that an entry does not have is None. Arguments, for n parameters in the bucket:
 
     addresses   (n, 2) int64, of the parameter and its gradient, which is 0 where there is none
     rows        (n, 4) int64: elements, first element and first block in the arenas, first program
@@ -11,7 +11,7 @@ tensors on; an argument that an entry does not have is None. Arguments, for n pa
     scalars     (n, SCALARS) float32, the rule's
     grad_scale  (n,) float32
     step        (n,) int64
-    measured    (n, 1 + STATES) float32: the trust ratio, and what each state's format must know of a parameter
+    measured    (n, 1 + STATES) float32: the trust ratio, and what each state's format needs of a parameter
     found       (programs, 2 + STATES) float32: sums of the squares of the direction and of the parameter, and
                 the largest of what a format must know
 
@@ -167,7 +167,7 @@ def measure_program(
     keep,
     store_largest,
 ):
-    """Find out what a step must know of whole parameters, of this program's elements; FIRST is the launch's row."""
+    """Find out what a step must know of whole parameters; FIRST is the launch's row."""
     pid = tl.program_id(0)
     i, b, inside, whole = elements_of(pid, k, rows, TILE, ALIGNED, INDEX)
     offset = tl.multiple_of(tl.load(rows + 4 * k + 1), 16)
@@ -299,7 +299,7 @@ def sums_program(
 
 @triton.jit
 def norms_program(sums, spans, out):
-    """The root of the sums of one tensor, added in their order; `spans` is (n, 2) int64, where its sums are."""
+    """The root of the sums of one tensor, added in their order; `spans` (n, 2) int64 says where."""
     k = tl.program_id(0)
     first = tl.load(spans + 2 * k)
     last = tl.load(spans + 2 * k + 1)

@@ -50,7 +50,7 @@ class Launcher(AbstractLauncher):
             "addresses": self.addresses,
             "present": self.addresses[:, 1],
             "scalars": torch.empty(n, scalars, dtype=torch.float32, device=self.device),
-            **{row.name: self.tensors[row.arena][row.index] for row in source.arena_rows(op)},
+            **{row.name: self.tensors[row.arena][row.number] for row in source.arena_rows(op)},
             **{name: table.to(self.device) for name, table in source.tables(op).items()},
         }
         self._uploaded: list[int] = []

@@ -1,11 +1,11 @@
 """The step as Triton: what a rule and its formats bring, printed around the programs of kernels.py.
 
-An eager step and a graph run the same kernels: a small one that advances `step` and computes the rule's scalars
-for each parameter in float64 (and, in a graph, writes the addresses of parameters and gradients into a table),
-and one that updates everything. Where a parameter's update depends on all of its elements, by a trust ratio or
-something that a format shares in a whole parameter, two more come between: one that computes the update and
-keeps only what there is to know of it, and one that adds up what its programs found. No source depends on the
-number of parameters, but for the arguments of those that write addresses.
+An eager step and a graph run the same kernels: a small one that advances `step` and computes the rule's
+scalars for each parameter in float64 (and, in a graph, writes the addresses of parameters and gradients into
+a table), and one that updates everything. Where a parameter's update depends on all of its elements, by a
+trust ratio or something that a format shares in a whole parameter, two more come between: one that computes
+the update and keeps only what there is to know of it, and one that adds up what its programs found. No source
+depends on the number of parameters, but for the arguments of those that write addresses.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Row(NamedTuple):
 
     name: str
     arena: str
-    index: int
+    number: int
     dtype: torch.dtype
 
 
@@ -156,7 +156,7 @@ def arena_rows(op: StepOp) -> list[Row]:
 def _row(op: StepOp, stored: Stored, part: str) -> str:
     """Name of the row of an arena that some states have."""
     arena, index = f"{stored.format.name}_{part}", op.row(stored)
-    return next(row.name for row in arena_rows(op) if (row.arena, row.index) == (arena, index))
+    return next(row.name for row in arena_rows(op) if (row.arena, row.number) == (arena, index))
 
 
 def tables(op: StepOp) -> dict[str, torch.Tensor]:
@@ -219,7 +219,9 @@ def _print_cells() -> str:
     """The portable encoder of both maps."""
     text = []
     for signed in (True, False):
-        lines, (cell,) = write(trace(lambda a: (codebook.cell(a, signed),), 1, torch.float32), ["a"], TRITON)
+        lines, (cell,) = write(
+            trace(lambda a, signed=signed: (codebook.cell(a, signed),), 1, torch.float32), ["a"], TRITON
+        )
         text.append(_function(f"cell_{signed}", ["a"], [*lines, f"return ({cell},)"]))
     return "\n".join(text)
 
@@ -478,7 +480,7 @@ def sums_arguments(variant: Variant) -> list[str]:
 
 
 def sums_kernel(name: str, dtype: torch.dtype, variant: Variant, base: int) -> str:
-    """Source of the first stage of tensor_norms: sums of parts of the tensors, from entry `base` of `sums` on."""
+    """Source of the first stage of tensor_norms: sums of parts of tensors, from entry `base` of `sums` on."""
     call = _call(
         "sums_program",
         addresses="addresses",
