@@ -22,8 +22,11 @@ from typing import NamedTuple
 
 import torch
 
+from bnb_compile.ops.operator import Modes, StepOp
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import fake_gpu
+from helpers import fake_gpu
+from helpers.buckets import STEP_OPS
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -39,32 +42,29 @@ class Row(NamedTuple):
 
 
 def ours(sm: int) -> Iterator[Row]:
-    from bnb_compile.lowering import triton
-    from bnb_compile.ops.step import STEP_OPS, Modes
-
     for (rule, bits), op in STEP_OPS.items():
         name = f"bnb_compile {rule}, {bits} bits"
         for fast in (True, False) if bits == 8 else (False,):  # there is one 32-bit variant
-            variant = triton.Variant(aligned=True, dims=0, long=False, fast=fast)
             kind = "" if bits == 32 else ", fast" if fast else ", portable"
             for dtype in DTYPES:
-                source = triton.step_kernel(op, Modes(), "kernel", dtype, dtype, variant)
-                yield _built(name + kind, dtype, source, triton.step_arguments(op, Modes(), variant), sm)
+                yield _built(name + kind, op, dtype, fast, sm)
         # What a trust ratio costs besides: the first of two phases.
-        modes, variant = Modes(trust=True), triton.Variant(aligned=True, dims=0, long=False, fast=True)
         for dtype in DTYPES:
-            source = triton.measure_kernel(op, modes, "kernel", dtype, dtype, variant, 0)
-            arguments = triton.step_arguments(op, modes, variant, measure=True)
-            yield _built(f"{name}, measured for a trust ratio", dtype, source, arguments, sm)
+            yield _built(f"{name}, measured for a trust ratio", op, dtype, True, sm, measure=True)
 
 
-def _built(name: str, dtype: torch.dtype, source: str, arguments: dict[str, torch.dtype], sm: int) -> Row:
-    from bnb_compile.lowering import triton
+def _built(name: str, op: StepOp, dtype: torch.dtype, fast: bool, sm: int, measure: bool = False) -> Row:
+    """The kernel that updates, or measures, where all accesses are vectors."""
+    from bnb_compile.lowering.triton import source
 
-    kernel = fake_gpu.load(triton.IMPORTS + source, "kernel")
-    signature = {argument: f"*{triton.TYPES[of]}" for argument, of in arguments.items()}
-    built = fake_gpu.assemble(kernel, signature, triton.WARPS, sm)
-    elements = triton.TILE * 256 / (32 * triton.WARPS)
+    modes, variant = Modes(max_unorm=measure), source.Variant(aligned=True, dims=0, long=False, fast=fast)
+    given = op, modes, "kernel", dtype, dtype, variant
+    text = source.measure_kernel(*given, base=0) if measure else source.step_kernel(*given)
+    dtypes = source.argument_dtypes(op, modes)
+    names = source.step_arguments(op, modes, variant, measure)
+    signature = {argument: f"*{source.TYPES[dtypes[argument]]}" for argument in names}
+    built = fake_gpu.assemble(fake_gpu.load(source.IMPORTS + text, "kernel"), signature, source.WARPS, sm)
+    elements = source.TILE * 256 / (32 * source.WARPS)
     return Row(name, DTYPES[dtype], built.instructions / elements, built.registers, built.stack + built.local)
 
 
