@@ -33,7 +33,8 @@ from torch._dynamo.utils import counters
 from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnb_compile.lowering.cpp.launch import compile_kernel
+from bnb_compile import backends
+from bnb_compile.lowering.cpp import launch
 from bnb_compile.optim import AdamW8bit
 
 STEPS = 16
@@ -129,7 +130,7 @@ class Run:
         self.column, self.compiled = column, compiled
         self.params: list[nn.Parameter] = []
         self.reads = Reads()
-        self.graphs = 0
+        self.graphs = self.kernels = 0
         self.over_limit = False
         self.torch_compile = torch.compile
 
@@ -186,7 +187,8 @@ class Run:
         """Run a loop in a fresh Dynamo; torchao calls ``torch.compile`` by itself."""
         torch._dynamo.reset()
         counters.clear()
-        compile_kernel.cache_clear()
+        launch._compile_kernel.cache_clear()
+        before = backends.counts["compiled"]
         logger = logging.getLogger("torch._dynamo.convert_frame")
         compile = functools.partial(self.torch_compile, backend=self.count_graph)
         logger.addFilter(self.notice_limit)
@@ -195,6 +197,7 @@ class Run:
                 loop(self)
         finally:
             logger.removeFilter(self.notice_limit)
+        self.kernels = backends.counts["compiled"] - before
 
     def count_graph(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
         """A backend: the graph is not compiled further."""
@@ -213,12 +216,12 @@ def cell(column: Column, loop: Callable[[Run], None]) -> str:
     run, plain = Run(column, compiled=True), Run(column, compiled=False)
     try:
         run.execute(loop)
-        kernels, breaks = compile_kernel.cache_info().misses, sum(counters["graph_break"].values())
+        breaks = sum(counters["graph_break"].values())
         plain.execute(loop)
     except Exception as error:
         return type(error).__name__
     graphs = f">{LIMIT}" if run.over_limit else str(run.graphs)
-    compiles = [graphs] * (run.graphs > 0 or not kernels) + [f"{kernels}k"] * (kernels > 0)
+    compiles = [graphs] * (run.graphs > 0 or not run.kernels) + [f"{run.kernels}k"] * (run.kernels > 0)
     pairs = [(p.detach(), q.detach()) for p, q in zip(run.params, plain.params)]
     if all(torch.equal(p, q) for p, q in pairs):
         difference = "bitwise"
