@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import backends
@@ -16,6 +17,8 @@ from ..validate import number
 #: bitsandbytes 0.49.2 and later keep the tensors of a parameter under this key.
 _NESTED = "__bnb_optimizer_quant_state__"
 MOST_STEPS = 2**31 - 1  # as bitsandbytes counts them
+#: No state gets there, as the step leaves elements alone whose gradient is 2^60 or more.
+MOST, MOST_SQUARE = 2.0**80, 2.0**126
 RING = 100  # entries of gnorm_vec
 _NORMS = {"gnorm_vec": RING, "unorm_vec": 1}
 
@@ -196,10 +199,13 @@ def read_state(
             values = decode(entry, k, param.numel())
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        if state.nonnegative and values.numel() and bool((values < 0).any()):
-            raise ValueError(
-                f"{where}: {name} ({state.name}) is negative, the least is {values.min().item()}"
-            )
+        if not values.numel():
+            continue
+        least, most = map(float, values.aminmax())
+        if state.nonnegative and least < 0:
+            raise ValueError(f"{where}: {name} ({state.name}) is negative, the least is {least}")
+        if max(-least, most) >= (MOST_SQUARE if state.nonnegative else MOST):
+            raise ValueError(f"{where}: {name} ({state.name}) has values as large as {max(-least, most)}")
     if f"state{len(rule.states) + 1}" in entry:
         raise ValueError(
             f"{where}: has {sorted(entry)}, but {rule.name} keeps {len(rule.states)} states: it is "
@@ -213,8 +219,9 @@ def _squares(x: Any, name: str, size: int, where: str, look: bool) -> Tensor | N
     """Squared norms, if there are any."""
     if x is None:
         return None
-    if not isinstance(x, Tensor) or x.shape != (size,) or x.device.type == "meta":
-        raise ValueError(f"{where}: {name} must be a tensor of shape ({size},) with values, got {x!r}")
+    plain = isinstance(x, Tensor) and x.layout is torch.strided and x.is_floating_point()
+    if not plain or x.shape != (size,) or x.device.type == "meta":
+        raise ValueError(f"{where}: {name} must be a dense tensor of shape ({size},) of floats, got {x!r}")
     if look and not bool((x >= 0).all() & x.isfinite().all()):
         raise ValueError(f"{where}: {name} has values that are negative or not finite: {x}")
     return x
