@@ -572,7 +572,8 @@ def damaged_randomly(chance, saved):
                 continue  # that cannot happen to this value
             rate = table[key]
             if where == "group" and isinstance(rate, (int, float, torch.Tensor)):
-                if torch.as_tensor(rate).numel() == 1 and 1e6 < abs(rate) < math.inf:
+                one = not isinstance(rate, torch.Tensor) or rate.numel() == 1
+                if one and 1e6 < abs(rate) < math.inf:
                     table[key] = -1.0  # a program may ask for any rate, however absurd
         if table is saved:
             break
