@@ -675,6 +675,10 @@ def test_every_layout_and_dtype_in_one_optimizer(compiled):
         for param, other, layout in zip(params, others, layouts):
             param.grad = layout(torch.randn_like(param))
             other.grad = param.grad.clone()
+        if compiled == "inductor" and torch.__version__ < "2.13":
+            with pytest.raises(Exception, match="a part of a tensor of which another parameter is a part"):
+                step()
+            return
         step()
         plain.step()
     assert [(p.stride(), p.data_ptr()) for p in params] == strides

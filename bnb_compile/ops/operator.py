@@ -103,6 +103,10 @@ class Options:
             if needs and (getattr(self, field.name) is None) != (getattr(self, needs) is None):
                 yield f"{field.name} must be given with {needs}, and only with it"
 
+    def arguments(self) -> dict[str, Any]:
+        """Them by name, as the operators take them."""
+        return {name: getattr(self, name) for name in OPTIONS}
+
     @property
     def tensors(self) -> dict[str, Any]:
         """Those tensors that are given."""
@@ -114,6 +118,10 @@ class Options:
         """What a kernel for these options is compiled for."""
         given = {name: name in self.tensors for name in self.dtypes()}
         return Modes(**{name: given.get(name, getattr(self, name)) for name in Modes._fields})
+
+
+#: Names of the options, which Dynamo of torch 2.11 cannot ask an instance for.
+OPTIONS = tuple(field.name for field in dataclasses.fields(Options))
 
 
 class Arena(NamedTuple):

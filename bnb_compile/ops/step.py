@@ -195,7 +195,7 @@ def _register(op: StepOp) -> None:
         a = Arguments.of(args, with_scratch(options))
         params, arenas = [x.clone() for x in a.params], [x.clone() for x in a.arenas]
         step = a.step.clone()
-        in_place(params, a.grads, *arenas, step, a.hyper, **vars(a.options))
+        in_place(params, a.grads, *arenas, step, a.hyper, **a.options.arguments())
         return params, *arenas, step
 
     def functional_fake(*args: Any, **options: Any) -> tuple[Any, ...]:

@@ -43,6 +43,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 from torch._library.opaque_object import MemberType, register_opaque_type
 from torch._opaque_base import OpaqueBase
 
@@ -56,6 +57,9 @@ from ..state.structure import Structure, Wanted
 from ..state.watched import States
 from .manager import GlobalOptimManager
 from .options import ARGS, PAGED_SIZE, check_args, format_of
+
+#: Inductor of torch 2.11 copies a parameter that shares its storage with another to a wrong place.
+_COMPILES_VIEWS = torch.__version__ >= "2.13"
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer8bit
@@ -119,10 +123,13 @@ class Changes(OpaqueBase):
         Raises:
             ValueError: If a value, or what is in ``optimizer.state``, is out of range or does not fit.
             TypeError: If a parameter cannot be updated.
+            RuntimeError: If the step is captured by a torch that compiles wrong code for it.
         """
         self.optimizer._opt_called = True  # what a scheduler's wrapper of `step` would do
         if self._outdated() is not None:
             self._form()
+        if not _COMPILES_VIEWS and TracingContext.try_get() is not None:
+            _refuse_views(self._placed)
         return 0
 
     @property
@@ -391,6 +398,19 @@ def _addresses(params: list[Tensor]) -> Any:
 
 def _waves(params: list[Tensor]) -> list[int]:
     return [0] * len(params) if backends.replaces_tensors() else waves(params)
+
+
+def _refuse_views(params: list[Tensor]) -> None:
+    storages: set[int] = set()
+    for param in params:
+        storage = param.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() in storages:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)} is a part of a tensor of which another parameter "
+                f"is a part too, of which torch {torch.__version__} compiles wrong code: step outside of the "
+                "graph, or use torch 2.13 or later"
+            )
+        storages.add(storage.data_ptr())
 
 
 def _guarded(changes: Changes) -> list[str]:

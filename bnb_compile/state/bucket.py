@@ -237,7 +237,7 @@ class Bucket:
                     *self.arenas,
                     self.step,
                     self.hyper.table,
-                    **vars(self.options),
+                    **self.options.arguments(),
                 )
 
 
