@@ -1,15 +1,17 @@
 # A virtual environment of its own; `make PYTHON=python3.12 ...` chooses the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
+MATRIX ?= 2.11.0 2.15.0
 RUN := $(VENV)/bin/
 
-.PHONY: help train export test check integrations slow bench contract clean
+.PHONY: help train export test check integrations matrix slow bench contract clean
 
 help:
 	@echo "make train   train a small GPT with 8-bit AdamW, beside 32-bit AdamW"
 	@echo "make export  train from C++, without Python: package, build, train, compare"
 	@echo "make test    linter, type checker and tests"
 	@echo "make integrations  tests with transformers, peft, accelerate and lightning"
+	@echo "make matrix  the core of the tests with torch 2.11 and 2.15"
 	@echo "make slow    the tests that take minutes"
 	@echo "make bench   time the optimizer step beside torch, bitsandbytes and torchao"
 	@echo "make contract  count compiles, graph breaks and host syncs of 16 training loops, beside theirs"
@@ -31,6 +33,17 @@ test: check $(VENV)/.installed-test $(VENV)/.installed-examples
 
 integrations: $(VENV)/.installed-test $(VENV)/.installed-integrations
 	$(RUN)python -m pytest tests/test_integrations.py
+
+# What the package needs of torch, with the oldest and the newest version, in environments of their own.
+matrix: $(MATRIX:%=matrix-%)
+
+matrix-%: build/matrix/%/.installed
+	build/matrix/$*/bin/python -m pytest -m core
+
+build/matrix/%/.installed: pyproject.toml
+	test -d build/matrix/$* || $(PYTHON) -m venv build/matrix/$*
+	build/matrix/$*/bin/python -m pip install --quiet torch==$* --editable '.[core]'
+	touch $@
 
 slow: $(VENV)/.installed-test
 	$(RUN)python -m pytest -m slow

@@ -16,6 +16,8 @@ from torch._dynamo.utils import counters
 
 from bnb_compile.optim import AdamW
 
+pytestmark = pytest.mark.core
+
 STEPS = 20
 SIZES = (20, 210, 20)  # weights of 4,200 elements: 8-bit; biases: 32-bit
 

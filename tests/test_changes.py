@@ -40,6 +40,8 @@ from bnb_compile.optim import (
     SGD32bit,
 )
 
+pytestmark = pytest.mark.core
+
 N = 5000
 
 

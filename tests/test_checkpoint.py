@@ -146,6 +146,7 @@ def check_resume(case, dtype, **arguments):
         assert not torch.equal(params[0], cold[0]) and not torch.equal(params[2], cold[2])
 
 
+@pytest.mark.core
 @each_case
 @each_bits
 @each_dtype

@@ -20,7 +20,7 @@ from torch import nn
 from bnb_compile import optim
 from bnb_compile.optim import GlobalOptimManager
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.core]
 
 SHAPES = [(20, 30), (20, 30), (40,), (7, 3), (), (300,), (20, 30)]
 #: Our classes, those of torch, their options, and what the first state is called in both.

@@ -59,6 +59,7 @@ def call_triton(
     pointers: dict[str, Any],
     types: dict[torch.dtype, str],
     warps: int,
+    fused: bool,
     programs: int = 1,
     count: int | None = None,
     unaligned: Sequence[str] = (),
@@ -72,6 +73,7 @@ def call_triton(
         pointers: The buffer for each argument, in their order.
         types: Triton's name of each dtype.
         warps: Of a program.
+        fused: Whether ``a * b + c`` is rounded once.
         programs: How many are launched.
         count: Passed as the last argument, where the kernel has it.
         unaligned: Arguments that need not begin at multiples of 16 bytes.
@@ -88,6 +90,7 @@ def call_triton(
         device=DeviceProperties.create(device),
         constants={},
         configs=[{(k,): [["tt.divisibility", 16]] for k in aligned}],
+        enable_fp_fusion=fused,
     )
     grid = ["_grid_0", "_grid_1", "_grid_2"]
     inductor_meta = dict(grid_type="FixedGrid", fixed_grid=grid, extra_launcher_args=grid, kernel_name=name)

@@ -21,10 +21,12 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-# A CPU build of torch has no device guard for CUDA, and even fake operations ask for one.
+# A CPU build of torch has no device guard for CUDA, a CUDA build without a driver one that raises, and even
+# fake operations ask for one.
 _GUARD = r"""
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 struct NoGpuGuard final : public c10::impl::DeviceGuardImplInterface {
@@ -78,7 +80,7 @@ def _pretend_cuda() -> Iterator[None]:
     from torch.utils.cpp_extension import load_inline
     from triton.runtime import driver
 
-    if not torch.backends.cuda.is_built():
+    if not torch.cuda.is_available():  # a CUDA build without a driver has a guard, which raises
         load_inline("no_gpu_guard", [_GUARD], functions=["loaded"])
         torch._C._cuda_getCurrentRawStream = lambda *a: 0
 
@@ -114,6 +116,7 @@ def _pretend_cuda() -> Iterator[None]:
     patches = [
         (torch.version, dict(cuda="13.0")),
         (torch.cuda, cuda),
+        (fake_tensor, dict(init_gpu_context=always(None))),  # which allocates one
         (joint_graph, dict(lazy_init=always(None))),  # its attention patterns allocate real cuda tensors
         (CudaInterface, interface),
         (CudaInterface.Worker, worker),
@@ -190,10 +193,14 @@ def emit(
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         flat, spec = torch.utils._pytree.tree_flatten(make_arguments())
 
-        def flat_function(*flat: Any) -> Any:
-            return function(*torch.utils._pytree.tree_unflatten(flat, spec)) or ()
+        tensors = [x for x in flat if isinstance(x, torch.Tensor)]
 
-        module = make_fx(flat_function, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
+        def flat_function(*tensors: torch.Tensor) -> Any:
+            given = iter(tensors)
+            full = [next(given) if isinstance(x, torch.Tensor) else x for x in flat]
+            return function(*torch.utils._pytree.tree_unflatten(full, spec)) or ()
+
+        module = make_fx(flat_function, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
         with (
             mock.patch.object(graph.GraphLowering, "compile_to_module", keep),
             mock.patch.object(_inductor, "constant", _fake_constant),
@@ -201,7 +208,7 @@ def emit(
             inductor_config.patch(fx_graph_cache=False, **config),
         ):
             try:
-                compile_fx.compile_fx(module, flat)(*flat)
+                compile_fx.compile_fx(module, tensors)(*tensors)
             except Exception:
                 if not sources:
                     raise
@@ -239,7 +246,7 @@ def interpret(source: str, arguments: Any) -> list[torch.Tensor]:
     Returns:
         What the emitted function returns.
     """
-    inputs = torch.utils._pytree.tree_leaves(arguments)
+    inputs = [x for x in torch.utils._pytree.tree_leaves(arguments) if isinstance(x, torch.Tensor)]
     with tempfile.TemporaryDirectory() as folder:
         job, result = os.path.join(folder, "job.pt"), os.path.join(folder, "result.pt")
         torch.save((source, inputs, dict(constants)), job)
@@ -248,7 +255,7 @@ def interpret(source: str, arguments: Any) -> list[torch.Tensor]:
         )
         updated, returned = torch.load(result)
     for x, new in zip(inputs, updated):
-        if isinstance(x, torch.Tensor) and not torch.equal(x, new):  # what overlaps itself cannot be written
+        if not torch.equal(x, new):  # what overlaps itself cannot be written
             x.copy_(new)
     return returned
 
@@ -261,6 +268,7 @@ def _interpret_job(job: str, result: str) -> None:
         "reinterpret_tensor": torch.ops.inductor._reinterpret_tensor,
         "torch": torch,
         "raw_stream0": None,
+        "stream0": None,  # before torch 2.13
     }
     for name, text in kernels(source).items():
         # The interpreter has no libdevice.
@@ -333,7 +341,7 @@ def assemble(kernel: Any, signature: dict[str, str], num_warps: int, sm: int, **
             kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned
         ),
         target=GPUTarget("cuda", sm, 32),
-        options={"num_warps": num_warps},
+        options={"num_warps": num_warps, "enable_fp_fusion": True},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -196,4 +196,5 @@ def _write_addresses(code: Any, operands: dict[tuple[str, int], Any], addresses:
 
 
 def _call(code: Any, name: str, text: str, pointers: dict[str, Any], **options: Any) -> None:
-    wrapper.call_triton(code, name, source.IMPORTS + text, pointers, source.TYPES, source.WARPS, **options)
+    text = source.IMPORTS + text
+    wrapper.call_triton(code, name, text, pointers, source.TYPES, source.WARPS, source.FUSED, **options)

@@ -72,7 +72,7 @@ class Launcher(AbstractLauncher):
             kernel: Any, programs: int, arguments: Sequence[str], *numbers: int, **tables: Tensor
         ) -> None:
             tensors = self.tensors | tables
-            kernel[(programs,)](*(tensors[name] for name in arguments), *numbers, num_warps=source.WARPS)
+            kernel[(programs,)](*(tensors[name] for name in arguments), *numbers, **source.COMPILE)
 
         prepare = _kernel(source.prepare_kernel, op, modes, present_stride=2)
         run(prepare, -(-n // source.PREPARE), source.prepare_arguments(modes), n)

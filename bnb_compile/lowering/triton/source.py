@@ -37,6 +37,10 @@ _LANGUAGE = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.f
 
 TILE = 8  # blocks of 256 elements for a program of 4 warps: 16 elements for a thread
 WARPS = 4
+#: Whether a * b + c is rounded once, of which Triton 3.10 will decide otherwise than those before.
+FUSED = True
+#: How an eager launch compiles a kernel; Inductor's wrapper has the same.
+COMPILE = {"num_warps": WARPS, "enable_fp_fusion": FUSED}
 MOST_ADDRESSES = 1500  # arguments of one kernel; CUDA allows 32 KB of them
 PREPARE = 128  # parameters for a program of the first kernel
 SUM_BLOCKS = 32  # of 256 elements, for a program of the first stage of tensor_norms
