@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TYPESTR = {torch.uint8: "|u1", torch.float32: "<f4"}  # as array interfaces write dtypes
-
 
 @functools.cache
 def available(device: torch.device) -> bool:
@@ -48,20 +46,17 @@ def managed_zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tenso
 
     Args:
         numel: Number of elements, 0 or more.
-        dtype: torch.uint8 or torch.float32.
+        dtype: Of the elements.
         device: The GPU whose tensor it is.
 
     Returns:
         A tensor of shape (numel,). Its memory is not torch's: torch.cuda.memory_allocated does not count it.
 
     Raises:
-        ValueError: Another dtype.
         ImportError: There is no cuda-bindings.
         RuntimeError: An error of the CUDA runtime, with its name.
     """
-    if dtype not in TYPESTR:
-        raise ValueError(f"dtype is {dtype}, must be one of {', '.join(map(str, TYPESTR))}")
-    return _as_tensor(_Memory(numel, dtype, device), device).zero_()
+    return _as_tensor(_Memory(numel * dtype.itemsize, device), device).zero_().view(dtype)
 
 
 def prefetch(tensors: Iterable[Tensor], device: torch.device) -> None:
@@ -95,13 +90,13 @@ class _Memory:
     the interpreter's exit nothing is freed: tensors may still be in use, and the driver cleans up.
     """
 
-    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
-        nbytes = max(1, numel * dtype.itemsize)  # CUDA has no empty allocations
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        at_least_one = max(1, nbytes)  # CUDA has no empty allocations
         with torch.cuda.device(device):  # the current device becomes the tensor's
-            (pointer,) = _call("cudaMallocManaged", nbytes, _runtime().cudaMemAttachGlobal)
+            (pointer,) = _call("cudaMallocManaged", at_least_one, _runtime().cudaMemAttachGlobal)
         weakref.finalize(self, _free, pointer, device).atexit = False
         data = pointer, False  # not read-only
-        self.__cuda_array_interface__ = dict(shape=(numel,), typestr=TYPESTR[dtype], data=data, version=2)
+        self.__cuda_array_interface__ = dict(shape=(nbytes,), typestr="|u1", data=data, version=2)
 
 
 def _as_tensor(memory: _Memory, device: torch.device) -> Tensor:
