@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from ..rules import State
-from . import dynamic8, float32
+from . import bfloat16, dynamic8, float32
 from .arena import ALIGN as ALIGN
 from .arena import BLOCK as BLOCK
 from .arena import Layout as Layout
@@ -18,6 +18,7 @@ from .format import Stored as Stored
 #: By name: how the states of a rule are stored in a format.
 FORMATS: Mapping[str, Callable[[Sequence[State]], tuple[Stored, ...]]] = {
     "float32": float32.choose,
+    "bfloat16": bfloat16.choose,
     "dynamic8": dynamic8.choose,
 }
 
