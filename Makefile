@@ -38,7 +38,7 @@ integrations: $(VENV)/.installed-test $(VENV)/.installed-integrations
 matrix: $(MATRIX:%=matrix-%)
 
 matrix-%: build/matrix/%/.installed
-	build/matrix/$*/bin/python -m pytest -m core
+	build/matrix/$*/bin/python -m pytest -m "core and not slow"
 
 build/matrix/%/.installed: pyproject.toml
 	test -d build/matrix/$* || $(PYTHON) -m venv build/matrix/$*

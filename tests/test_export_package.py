@@ -479,6 +479,8 @@ def program(example, tmp_path_factory):
     for tool in ("cmake", "c++"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is missing")
+    if torch.version.cuda and shutil.which("nvcc") is None:
+        pytest.skip(f"CMake's files of torch {torch.__version__} ask for a CUDA toolkit, and there is no nvcc")
     return example.build(tmp_path_factory.mktemp("build"))
 
 

@@ -365,9 +365,7 @@ def clear_gradients(rng, w):
 
 def step_of_others(rng, w):
     """A step of parameters and states that are swapped in for a while."""
-    if not hasattr(torch.optim, "swap_in_optimizer_params_and_state") or not all_in_groups(w):
-        return None
-    if w.away or w.loose or not w.groups or len(with_state(w)) < len(w.params):
+    if not all_in_groups(w) or w.away or w.loose or not w.groups or len(with_state(w)) < len(w.params):
         return None
 
     def happen(w):
@@ -388,7 +386,8 @@ def step_of_others(rng, w):
     return happen
 
 
-EVENTS = [
+EVENTS = [step_of_others] if hasattr(torch.optim, "swap_in_optimizer_params_and_state") else []
+EVENTS += [
     number,
     learning_rate_tensor,
     shared_learning_rate,
@@ -412,7 +411,6 @@ EVENTS = [
     copy_all,
     report,
     clear_gradients,
-    step_of_others,
 ]
 
 

@@ -590,7 +590,7 @@ def test_dynamic_rows_of_whole_blocks() -> None:
 
 
 PORTABLE = """
-import sys
+import sys, warnings
 sys.path.insert(0, {tests!r})
 import torch
 from helpers.buckets import make, assert_close
@@ -602,7 +602,13 @@ assert {isa!r} in str(pick_vec_isa()).lower(), pick_vec_isa()
 op = STEP_OPS["adam", 8]
 expected, actual = (make(op, [(300,), (40, 70), (4096,)]) for _ in range(2))
 expected.call(op.in_place)
-actual.launch(Launcher, op)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    actual.launch(Launcher, op)
+    actual.launch(Launcher, op)
+    expected.call(op.in_place)
+found = ["no instruction set" in str(w.message) for w in caught]
+assert sum(found) == ({isa!r} == "invalid"), found
 assert_close(op, actual, expected)
 """
 

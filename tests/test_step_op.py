@@ -255,9 +255,7 @@ def test_without_blocks_a_parameter_has_one_scale(op: StepOp) -> None:
 @OPS
 def test_a_parameter_whose_scale_is_not_finite_is_left_alone(op: StepOp, bad: float) -> None:
     modes = (
-        Modes(grad_scale=True, block_wise=False)
-        if has_codes(op)
-        else Modes(grad_scale=True, max_unorm=True)
+        Modes(grad_scale=True, block_wise=False) if has_codes(op) else Modes(grad_scale=True, max_unorm=True)
     )
     old, new = (make(op, [(300,), (500,), (20,)], modes=modes) for _ in range(2))
     for bucket in (old, new):

@@ -10,6 +10,7 @@ from torch._inductor.codecache import (
     CppPythonBindingsCodeCache as CppPythonBindingsCodeCache,  # compiles a kernel outside a graph
 )
 from torch._inductor.codecache import PyCodeCache as PyCodeCache  # a printed Triton kernel as a module
+from torch._inductor.cpu_vec_isa import pick_vec_isa as pick_vec_isa  # what C++ is vectorised with
 from torch._inductor.decomposition import (
     select_decomp_table as select_decomp_table,  # what lowerings expect to be left of a traced function
 )

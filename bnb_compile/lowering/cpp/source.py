@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from ...formats import BLOCK
 from ...ops.operator import Modes, Options, StepOp, kernel_arguments
 from ...ops.step import GRAD_LIMIT
 from ...rules.trace import trace_round_bits, trace_rule, trace_trust_ratio
+from .._inductor import pick_vec_isa
 from ..dialects import C_DOUBLE, C_INTEGERS, C_VECTOR
 from ..printer import write
 from . import formats
@@ -107,6 +109,16 @@ def flat_strides(dims: Sequence[tuple[int, int]]) -> list[int]:
     return [len(dims), *(n for n, _ in dims), *(s for _, s in dims)]
 
 
+@functools.cache
+def _warn_without_vectors() -> None:
+    if not pick_vec_isa():
+        warnings.warn(
+            "steps on this CPU are some 20 times slower than elsewhere: Inductor finds no instruction set "
+            "such as AVX2, AVX-512 or NEON (see torch.backends.cpu.get_cpu_capability())",
+            stacklevel=2,
+        )
+
+
 def kernel(
     op: StepOp,
     modes: Modes,
@@ -129,6 +141,7 @@ def kernel(
             ``elements``
             and ``blocks`` of the arenas, unless these are arguments.
     """
+    _warn_without_vectors()
     declarations = [f"{type_} {argument}" for argument, type_ in state_arguments(op, modes).items()]
     given = state_arguments(op, modes)
     options = ", ".join(name if name in given else "nullptr" for name in Options.dtypes())
