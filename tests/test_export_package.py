@@ -480,7 +480,7 @@ def program(example, tmp_path_factory):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is missing")
     if torch.version.cuda and shutil.which("nvcc") is None:
-        pytest.skip(f"CMake's files of torch {torch.__version__} ask for a CUDA toolkit, and there is no nvcc")
+        pytest.skip(f"torch {torch.__version__} asks CMake for a CUDA toolkit, and there is no nvcc")
     return example.build(tmp_path_factory.mktemp("build"))
 
 

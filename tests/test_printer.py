@@ -12,9 +12,10 @@ from torch import Tensor
 
 from bnb_compile import rules
 from bnb_compile.formats import codebook
+from bnb_compile.lowering import dialects
 from bnb_compile.lowering.dialects import Dialect
 from bnb_compile.lowering.printer import write
-from bnb_compile.rules.trace import trace
+from bnb_compile.rules.trace import OF_INTEGERS, OPERATIONS, trace
 
 _PLAIN = {
     "add": "({} + {})",
@@ -205,3 +206,9 @@ def test_an_option_of_an_operation_is_computed_or_refused(function: Callable) ->
     except (NotImplementedError, AssertionError):
         return
     assert printed == run_itself(function, 7.0, 2.0)
+
+
+@pytest.mark.parametrize("name", ["C_DOUBLE", "C_VECTOR", "TRITON", "TRITON_DOUBLE"])
+def test_every_language_writes_every_operation_that_a_rule_may_use(name: str) -> None:
+    dialect = getattr(dialects, name)
+    assert not {*OPERATIONS.values()} - OF_INTEGERS - dialect.operations.keys()
