@@ -4,12 +4,13 @@ VENV ?= .venv
 MATRIX ?= 2.11.0 2.15.0
 RUN := $(VENV)/bin/
 
-.PHONY: help train export test check integrations matrix slow bench contract clean
+.PHONY: help train export test quick check integrations matrix slow bench contract clean
 
 help:
 	@echo "make train   train a small GPT with 8-bit AdamW, beside 32-bit AdamW"
 	@echo "make export  train from C++, without Python: package, build, train, compare"
 	@echo "make test    linter, type checker and tests"
+	@echo "make quick   the tests of a minute"
 	@echo "make integrations  tests with transformers, peft, accelerate and lightning"
 	@echo "make matrix  the core of the tests with torch 2.11 and 2.15"
 	@echo "make slow    the tests that take minutes"
@@ -29,7 +30,11 @@ export: $(VENV)/.installed-examples
 	$(RUN)python examples/export/run.py $(ARGS)
 
 test: check $(VENV)/.installed-test $(VENV)/.installed-examples
-	$(RUN)python -m pytest
+	$(RUN)python -m pytest --numprocesses 2 --dist loadfile
+
+# Finds the kernels of the last time by their text.
+quick: $(VENV)/.installed-test
+	$(RUN)python -m pytest --numprocesses 2 --dist loadfile --keep-kernels build/kernels -m "quick and not slow"
 
 integrations: $(VENV)/.installed-test $(VENV)/.installed-integrations
 	$(RUN)python -m pytest tests/test_integrations.py

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -12,10 +14,19 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--keep-kernels", metavar="DIR", help="find what earlier runs have compiled, by its text")
+
+
 @pytest.fixture(autouse=True, scope="session")
-def fresh_inductor_cache() -> Iterator[None]:
-    """Nothing compiled by an earlier run of the tests is found."""
-    with fresh_cache():
+def inductor_cache(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Nothing compiled by an earlier run of the tests is found, unless that is wanted."""
+    folder = pytestconfig.getoption("--keep-kernels")
+    if folder is None:
+        with fresh_cache():
+            yield
+        return
+    with mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=os.path.abspath(folder)):
         yield
 
 
