@@ -15,7 +15,7 @@ def seed() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--keep-kernels", metavar="DIR", help="find what earlier runs have compiled, by its text")
+    parser.addoption("--keep-kernels", metavar="DIR", help="find what earlier runs compiled, by its text")
 
 
 @pytest.fixture(autouse=True, scope="session")
