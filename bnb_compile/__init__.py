@@ -1,6 +1,7 @@
 """8-bit optimizers for compiled PyTorch training, with bitsandbytes' names."""
 
 from . import convert as convert
+from . import devices as devices
 from . import export as export
 from . import functional as functional
 from . import optim as optim

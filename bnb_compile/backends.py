@@ -1,15 +1,13 @@
-"""Which module runs a step on which type of device: the one door into `lowering`.
+"""Which package runs a step on which type of device: the one door into what compiles.
 
-Modules are named here and imported when they are needed, because `lowering` imports Inductor, which takes
-seconds, and because nothing below may import it.
+A package registers by its name and is imported when it is needed, because it imports Inductor, which takes
+seconds, and because nothing below may import it. Those of this package are in `devices`.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
-import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -43,20 +41,10 @@ class Backend(NamedTuple):
     missing: Callable[[], str | None]
 
 
-def _no_compiler() -> str | None:
-    names = os.environ.get("CXX", "g++"), "clang++"
-    return None if any(map(shutil.which, names)) else "there is no C++ compiler"
-
-
-def _no_triton() -> str | None:
-    return None if importlib.util.find_spec("triton") else "there is no triton"
-
-
-BACKENDS = {
-    "cpu": Backend("bnb_compile.lowering.cpp", _no_compiler),
-    "cuda": Backend("bnb_compile.lowering.triton", _no_triton),  # ROCm too
-    "xpu": Backend("bnb_compile.lowering.triton", _no_triton),
-}
+#: By type of device; `devices` has those of this package.
+BACKENDS: dict[str, Backend] = {}
+#: Names of modules with a function ``register``, which tells Inductor how to lower an operator.
+LOWERINGS: list[str] = []
 
 
 def of_device(device: str) -> Backend:
@@ -82,7 +70,8 @@ def lowering(device: str) -> Any:
 
 def register_lowering(op: Any) -> None:
     """Tell Inductor how to lower an operator; called when a graph with it is traced."""
-    importlib.import_module("bnb_compile.lowering").register(op)
+    for module in LOWERINGS:
+        importlib.import_module(module).register(op)
 
 
 _given_up: dict[str, str] = {}  # by type of device: why kernels cannot be compiled

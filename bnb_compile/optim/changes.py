@@ -39,7 +39,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,14 +55,13 @@ from ..state.bucket import Bucket, Kind
 from ..state.memory import check_parameter, waves
 from ..state.structure import Structure, Wanted
 from ..state.watched import States
+from .base import AbstractOptimizer
 from .manager import GlobalOptimManager
 from .options import ARGS, PAGED_SIZE, check_args, format_of
 
 #: Inductor of torch 2.11 copies a parameter that shares its storage with another to a wrong place.
 _COMPILES_VIEWS = torch.__version__ >= "2.13"
 
-if TYPE_CHECKING:
-    from .optimizer import Optimizer8bit
 
 _SPECS = attrgetter("shape", "dtype", "device")
 
@@ -87,7 +86,7 @@ class Changes(OpaqueBase):
     traced.
     """
 
-    def __init__(self, optimizer: Optimizer8bit) -> None:
+    def __init__(self, optimizer: AbstractOptimizer) -> None:
         self._optimizer: Any = weakref.ref(optimizer)
         self._version = 0
         self._sources: list[Source] = []
@@ -133,7 +132,7 @@ class Changes(OpaqueBase):
         return 0
 
     @property
-    def optimizer(self) -> Optimizer8bit:
+    def optimizer(self) -> AbstractOptimizer:
         """Whose changes these are."""
         return self._optimizer()
 

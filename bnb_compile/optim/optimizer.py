@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -17,13 +17,14 @@ from ..state.structure import Structure
 from ..state.watched import ParamGroup
 from ..validate import flag, number
 from . import saving
+from .base import AbstractOptimizer
 from .changes import Changes, params_of
 from .clipping import gradient_factors
 from .family import Family
 from .options import ARGS, read_args
 
 
-class Optimizer8bit(torch.optim.Optimizer):
+class Optimizer8bit(AbstractOptimizer):
     """An optimizer whose states live in arenas and whose step is one kernel for each bucket.
 
     A bucket holds the parameters of one device, dtype and state format. States are created at the first
@@ -45,11 +46,8 @@ class Optimizer8bit(torch.optim.Optimizer):
     """
 
     family: Family
-    _opt_called: bool  # what torch's schedulers set and read
     bits: ClassVar[int | None] = None  # of a class that is named for them
     paged: ClassVar[bool] = False  # of a class that is named for it
-    #: What keys of ``optimizer.state[param]`` are called instead of bitsandbytes' usual names.
-    key_names: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, params: Any, defaults: dict[str, Any], **options: Any) -> None:
         name = type(self).__name__
@@ -76,7 +74,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         if options:
             raise TypeError(f"{name} got unexpected arguments {sorted(options)}")
         self.args = SimpleNamespace(**self._for_class(chosen))
-        self._begin()
+        self.begin()
         super().__init__(params, self.family.defaults(defaults))
         self.state = self.structure.new_states({})
 
@@ -96,7 +94,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             )
         return {**chosen, "optim_bits": self.bits}
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         """Have no states and no history of changes."""
         self.structure = Structure(self.key_names)
         self._changes = Changes(self)

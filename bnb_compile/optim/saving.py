@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,16 +11,14 @@ from torch import Tensor
 from ..formats import bits_of as bits_of
 from ..ops.operator import StepOp
 from ..state.checkpoint import flatten, match_groups, read_state
+from .base import AbstractOptimizer
 from .changes import Changes, params_of
 from .family import FAMILIES
 from .manager import GlobalOptimManager
 
-if TYPE_CHECKING:
-    from .optimizer import Optimizer8bit
-
 
 @torch._disable_dynamo
-def state_dict(optimizer: Optimizer8bit, changes: Changes) -> dict[str, Any]:
+def state_dict(optimizer: AbstractOptimizer, changes: Changes) -> dict[str, Any]:
     """See `Optimizer8bit.state_dict`."""
     for before in optimizer._optimizer_state_dict_pre_hooks.values():
         before(optimizer)
@@ -52,7 +50,7 @@ def state_dict(optimizer: Optimizer8bit, changes: Changes) -> dict[str, Any]:
 
 
 @torch._disable_dynamo
-def load_state_dict(optimizer: Optimizer8bit, changes: Changes, state_dict: dict[str, Any]) -> None:
+def load_state_dict(optimizer: AbstractOptimizer, changes: Changes, state_dict: dict[str, Any]) -> None:
     """See `Optimizer8bit.load_state_dict`."""
     state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
     for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
@@ -100,7 +98,7 @@ def _lies_in(x: Any, storages: set[int]) -> bool:
     return plain and x.untyped_storage().data_ptr() in storages
 
 
-def getstate(optimizer: Optimizer8bit, changes: Changes) -> dict[str, Any]:
+def getstate(optimizer: AbstractOptimizer, changes: Changes) -> dict[str, Any]:
     """What a copy of an optimizer needs; see ``object.__getstate__``."""
     return {
         "defaults": optimizer.defaults,
@@ -121,26 +119,26 @@ def getstate(optimizer: Optimizer8bit, changes: Changes) -> dict[str, Any]:
     }
 
 
-def setstate(optimizer: Optimizer8bit, state: dict[str, Any]) -> None:
+def setstate(optimizer: AbstractOptimizer, state: dict[str, Any]) -> None:
     """Make an optimizer from what `getstate` returned."""
     for param, config in state.pop("overrides"):
         GlobalOptimManager.get_instance().override_config(param, key_value_dict=config)
     family, entries = FAMILIES[state.pop("family")], state.pop("state")
     torch.optim.Optimizer.__setstate__(optimizer, {**state, "family": family})
-    optimizer._begin()
+    optimizer.begin()
     optimizer.state = optimizer.structure.new_states(entries)
     optimizer.adopt_groups()
     if any(entries.values()):
         optimizer.init_state()
 
 
-def replace(optimizer: Optimizer8bit, state: dict[str, Any]) -> None:
+def replace(optimizer: AbstractOptimizer, state: dict[str, Any]) -> None:
     """Replace some attributes, as ``torch.optim.Optimizer.__setstate__``."""
     torch.optim.Optimizer.__setstate__(optimizer, state)
     optimizer.adopt_groups()
 
 
-def precision_report(optimizer: Optimizer8bit, changes: Changes) -> list[dict[str, Any]]:
+def precision_report(optimizer: AbstractOptimizer, changes: Changes) -> list[dict[str, Any]]:
     """See `Optimizer8bit.precision_report`."""
     overrides = GlobalOptimManager.get_instance().overrides(optimizer.param_groups)
     report: list[dict[str, Any]] = []

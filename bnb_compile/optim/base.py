@@ -1,0 +1,53 @@
+"""What the parts of an optimizer know of it, which `optimizer` puts together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+
+from ..state.structure import Structure
+from .family import Family
+
+
+class AbstractOptimizer(torch.optim.Optimizer):
+    """An optimizer whose states live in arenas.
+
+    Attributes:
+        family: Its algorithm.
+        structure: The buckets of parameters with states, and where each one is.
+        args: bitsandbytes' name for the options that are not per group.
+        key_names: What keys of ``optimizer.state[param]`` are called instead of bitsandbytes' usual names.
+        is_paged: Whether large states are in CUDA managed memory.
+        max_grad_norm: Limit of the norm of all gradients, None for none.
+        bf16_stochastic_round: Whether bfloat16 parameters are rounded stochastically.
+    """
+
+    family: Family
+    structure: Structure
+    args: SimpleNamespace
+    key_names: ClassVar[Mapping[str, str]] = {}
+    is_paged: bool
+    max_grad_norm: float | None
+    bf16_stochastic_round: bool
+    _step_supports_amp_scaling: bool
+    _compile: Any
+    _opt_called: bool  # what torch's schedulers set and read
+
+    def adopt_groups(self) -> None:
+        """Make every group a dict that tells of a user's writes."""
+        raise NotImplementedError
+
+    def init_state(self) -> None:
+        """Create the states of all parameters that a step may update; `step` does it when it must."""
+        raise NotImplementedError
+
+    def bring_max_grad_norm(self) -> None:
+        """Bring `max_grad_norm` to the tensor that the step reads."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """Have no states and no history of changes."""
+        raise NotImplementedError
