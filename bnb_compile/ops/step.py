@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..formats import BLOCK, FORMATS, Slot, Stored, layout
 from ..rules import Rule, round_bits, trust_ratio
 from ..rules.trace import trace_rule
@@ -116,6 +117,7 @@ def _store(
 
 def _update(op: StepOp, a: Arguments) -> None:
     """The reference: one parameter after another, in plain torch."""
+    backends.counts["operator"] += 1
     options = a.options
     for k, slot in enumerate(layout(param.numel() for param in a.params).slots):
         param, grad = a.params[k], a.grads[k]
