@@ -8,11 +8,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+from helpers.buckets import STEP_OPS
+from torch import Tensor
 
 import bnb_compile
+from bnb_compile.lowering.cache_key import operator_hash
+from bnb_compile.ops.operator import StepOp
+from bnb_compile.rules.rule import Rule
 
 PROGRAM = """
 import json, torch
@@ -90,3 +96,31 @@ def test_every_source_that_a_kernel_is_made_from_is_in_the_cache_key(package: Pa
         file.write_text(file.read_text() + "\n")
         found.add(source_hash(package))
     assert len(found) == 1 + len(files), "an edit left the hash as it was"
+
+
+class Scalars(NamedTuple):
+    step_size: Tensor
+    keep: Tensor
+    unit: Tensor
+
+
+class Hyper(NamedTuple):
+    lr: Tensor
+
+
+def rule(factor: float) -> Rule:
+    """A user's rule, of which only a constant is known by no name."""
+
+    def scalars(hyper: Hyper, step: Tensor) -> Scalars:
+        return Scalars(hyper.lr, torch.ones_like(hyper.lr), hyper.lr)
+
+    def direction(param: Tensor, grad: Tensor, scalars: Scalars) -> tuple[Tensor]:
+        return (grad * factor,)
+
+    return Rule("of_a_user", Hyper, (), scalars, direction)
+
+
+def test_a_rule_of_a_user_is_in_the_cache_key() -> None:
+    hashes = [operator_hash(StepOp(rule(factor), ())) for factor in (0.5, 0.5, 0.25)]
+    assert hashes[0] and hashes[0] == hashes[1] != hashes[2]
+    assert all(operator_hash(op) is None for op in STEP_OPS.values())

@@ -20,4 +20,5 @@ mark_caches()
 def register(op: StepOp | None) -> None:
     """Tell Inductor how to lower an operator that was made on demand; once is enough."""
     if op is not None:
+        mark_caches(op)
         step.lower(op)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from pathlib import Path
 
 import torch
+
+from ..ops.operator import StepOp
+from ..rules.trace import trace_rule
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -19,9 +23,29 @@ def source_hash(package: Path = _PACKAGE) -> str:
     return digest.hexdigest()
 
 
-def mark_caches() -> None:
-    """Make the hash a part of the cache key of everything that is compiled from now on."""
+def operator_hash(op: StepOp) -> str | None:
+    """Hash of what an operator has from outside of this package; None if nothing."""
+    package = __name__.partition(".")[0] + "."
+    texts: list[str] = []
+    if not op.rule.scalars.__module__.startswith(package):
+        texts += map(str, (op.rule.hyper._fields, op.rule.states, *trace_rule(op.rule)))
+    for stored in op.stored:
+        module = inspect.getmodule(type(stored.format))
+        if module is None or not module.__name__.startswith(package):
+            texts.append(inspect.getsource(module or type(stored.format)))
+    return hashlib.sha256(repr(texts).encode()).hexdigest() if texts else None
+
+
+def mark_caches(op: StepOp | None = None) -> None:
+    """Make the hash a part of the cache key of everything that is compiled from now on.
+
+    Args:
+        op: Of the package's sources, or of an operator whose rule or format is a user's.
+    """
+    found = source_hash() if op is None else operator_hash(op)
+    if found is None:
+        return
     config = torch.compiler.config
-    tag = f"bnb_compile-{source_hash()[:16]}"
+    tag = f"bnb_compile-{found[:16]}"
     if tag not in config.cache_key_tag:
         config.cache_key_tag = f"{config.cache_key_tag}{tag}"

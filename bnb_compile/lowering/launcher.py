@@ -31,8 +31,7 @@ class AbstractLauncher:
 
         Args:
             grads: For each parameter None or a gradient of its shape, on its device, with memory of its own;
-                at
-                least one of them.
+                at least one of them.
             dtype: Of all gradients.
         """
         self.launch(grads, dtype)

@@ -48,15 +48,13 @@ class Options:
 
     Attributes:
         grad_scale: Gradients are multiplied by it. A parameter whose scale is infinite or NaN is treated as
-            one
-            without a gradient.
+            one without a gradient.
         max_unorm: Limit of the trust ratio, see rules/trust.py; 0 is none.
         unorm: Written: the squared norm of each parameter's update before the learning rate and the trust
             ratio.
         skip_zeros: Whether an element whose gradient is zero keeps its parameter and its states.
         block_wise: Whether each block of a state has what its format shares in blocks for itself; otherwise
-            all
-            blocks of a parameter have the same.
+            all blocks of a parameter have the same.
         stochastic_round: Whether bfloat16 parameters are rounded up or down stochastically, see
             rules/rounding.py.
     """

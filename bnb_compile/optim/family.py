@@ -23,15 +23,13 @@ class Family:
         moments: 1 or 2, states of an element in bitsandbytes: the base is `Optimizer1State` or `...2State`.
         rule: The rule that a group asks for.
         betas: Names of the entries of ``group["betas"]``. They are fields of the rule's hyperparameters; as
-            keys of
-            a group they take the place of the entry.
+            keys of a group they take the place of the entry.
         extras: Further keys of a group, with their defaults; flags have a bool.
         check: Raises ValueError for values that do not go together.
         unused: Which of `betas` and `eps` the algorithm does not have.
         initial: What the states of a group's parameters begin with; zeros by default.
         numbers: Which states of the rule stand under each number in bitsandbytes' keys (`state1`, `state2`,
-            ...);
-            by default each state has a number of its own.
+            ...); by default each state has a number of its own.
     """
 
     name: str

@@ -176,8 +176,7 @@ class Optimizer8bit(AbstractOptimizer):
             TypeError: If a gradient is sparse, or not of a dtype that a step can take; nothing has
                 been changed then.
             ValueError: If a gradient has not its parameter's shape, or something has changed to a value that
-                is
-                out of range; likewise.
+                is out of range; likewise.
         """
         result = None
         if closure is not None:

@@ -33,8 +33,7 @@ class Options(TypedDict, total=False):
         amp_fused: Whether a ``GradScaler`` hands its scale and its verdict to the step, which then unscales,
             and skips itself, without a synchronisation. Off by default, as Lightning refuses to clip then.
         bf16_stochastic_round: Whether bfloat16 parameters are rounded stochastically, so that small updates
-            are
-            not lost; see `bnb_compile.rules.rounding`.
+            are not lost; see `bnb_compile.rules.rounding`.
         compile: Whether `step` runs the compiled kernel; False runs the eager reference; "auto" the kernel if
             it can be compiled here, and else, with a warning, the reference.
     """

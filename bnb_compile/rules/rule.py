@@ -11,12 +11,15 @@ from torch import Tensor
 
 
 class State(NamedTuple):
-    """One number that an optimizer remembers for each element of a parameter."""
+    """One number that an optimizer remembers for each element of a parameter.
+
+    Attributes:
+        name: What the field calls it, such as ``exp_avg``.
+        nonnegative: Whether it is a sum or mean of squares, or something else that is never negative.
+    """
 
     name: str
-    nonnegative: bool = (
-        False  # whether it is a sum or mean of squares, or something else that is never negative
-    )
+    nonnegative: bool = False
 
 
 def extended(scalars: Any, *names: str) -> Any:

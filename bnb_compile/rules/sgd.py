@@ -1,8 +1,7 @@
 """Stochastic gradient descent with or without momentum, as in ``torch.optim.SGD``.
 
 Weight decay is added to the gradient. The first step puts the gradient into the buffer, whatever
-`dampening` is.
-Nesterov's form follows Sutskever et al., https://proceedings.mlr.press/v28/sutskever13.html.
+`dampening` is. Nesterov's form follows Sutskever et al., https://proceedings.mlr.press/v28/sutskever13.html.
 """
 
 from __future__ import annotations

@@ -216,8 +216,7 @@ class Bucket:
             grads: Theirs.
             factor: (n,) float32, what to multiply gradients by; not finite, to leave a parameter as it is.
             compiled: Whether to run the kernel, after `compile`; otherwise the operator, which is what a
-                graph
-                captures, and eagerly the reference.
+                graph captures, and eagerly the reference.
         """
         if self.hyper.live:
             self.hyper.refresh()

@@ -54,8 +54,7 @@ class Structure:
         places: By id of the parameter, which its bucket keeps alive.
         wanted: What each parameter with a place was given it for, by id.
         links: Tensors of a mapping that replaced ``optimizer.state``: views of the arenas, and the tensors
-            that
-            are copied in before a step and out after it, so that they stay the state.
+            that are copied in before a step and out after it, so that they stay the state.
         touched: Ids of parameters whose entries a user has written to, so that the next look takes them over.
     """
 
@@ -121,8 +120,7 @@ class Structure:
 
         Args:
             wanted: What is wanted of all parameters that a step may update. The others that have a place keep
-                it
-                while ``optimizer.state`` has them, and are idle.
+                it while ``optimizer.state`` has them, and are idle.
             link: Whether entries that are given stay the state.
         """
         by_id = {id(w.param): w for w in wanted}

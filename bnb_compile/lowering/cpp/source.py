@@ -138,8 +138,7 @@ def kernel(
         grad_dtype: Dtype of the gradients.
         arguments: C++ parameters before those of `state_arguments`.
         rows: Statements that leave ``const Parameter* rows``, ``int64_t count``, and the number of
-            ``elements``
-            and ``blocks`` of the arenas, unless these are arguments.
+            ``elements`` and ``blocks`` of the arenas, unless these are arguments.
     """
     _warn_without_vectors()
     declarations = [f"{type_} {argument}" for argument, type_ in state_arguments(op, modes).items()]
