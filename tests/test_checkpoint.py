@@ -59,7 +59,10 @@ each_dtype = pytest.mark.parametrize(
 ADAM = CASES["adam"]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # for small tensors more threads cost more than they do
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.quick,
+]  # for small tensors more threads cost more than they do
 
 
 def parameters(dtype=torch.float32, shapes=SHAPES):
@@ -154,6 +157,7 @@ def test_steps_save_load_steps_are_steps_bitwise(case, bits, dtype):
     check_resume(case, dtype, optim_bits=bits)
 
 
+@pytest.mark.long
 @each_bits
 def test_a_compiled_optimizer_resumes_bitwise(bits):
     """One class stands for all: what is saved does not depend on what runs the step."""
@@ -613,6 +617,7 @@ def fuzz_damage(name, bits, seeds):
     return raised
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 @each_bits
 def test_any_damage_raises_and_changes_nothing_or_does_no_harm(name, bits):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bnb_compile.formats import codebook
 
-pytestmark = pytest.mark.usefixtures("nan_filled_empty")
+pytestmark = [pytest.mark.usefixtures("nan_filled_empty"), pytest.mark.quick]
 
 SIGNED = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 SHA256 = {

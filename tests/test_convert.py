@@ -8,6 +8,8 @@ from torch import nn
 
 from bnb_compile import convert, optim
 
+pytestmark = pytest.mark.quick
+
 #: torch's class, ours, their arguments.
 CASES = {
     "AdamW": (torch.optim.AdamW, optim.AdamW, dict(lr=0.01, betas=(0.8, 0.99), weight_decay=0.1)),

@@ -20,7 +20,7 @@ from torch import nn
 from bnb_compile import optim
 from bnb_compile.optim import GlobalOptimManager
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.core]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.core, pytest.mark.quick]
 
 SHAPES = [(20, 30), (20, 30), (40,), (7, 3), (), (300,), (20, 30)]
 #: Our classes, those of torch, their options, and what the first state is called in both.
@@ -583,6 +583,7 @@ def test_a_loop_ends_where_torchs_does(family, path):
         against_torch(family, seed, path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_captured_loop_with_8_bit_states_ends_where_it_does_outside_of_a_graph(family):
     for seed in range(2):

@@ -24,7 +24,10 @@ def manager():
     manager.initialize()
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # for small tensors more threads cost more than they do
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.quick,
+]  # for small tensors more threads cost more than they do
 
 
 def parameters(n=2, numel=5000):

@@ -7,6 +7,8 @@ from torch._inductor.utils import run_and_get_code
 
 from bnb_compile.ops.norms import norms_op
 
+pytestmark = pytest.mark.quick
+
 
 def tensors(dtype: torch.dtype) -> list[Tensor]:
     shapes = ((5,), (300,), (0,), (), (100, 257), (64, 64))

@@ -19,6 +19,8 @@ from torch import Tensor
 from bnb_compile.state import paging
 from bnb_compile.state.paging import managed_zeros, prefetch, unavailable
 
+pytestmark = pytest.mark.quick
+
 GPU = torch.device("cuda", 1)
 STREAM = 0x5EED
 

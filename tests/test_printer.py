@@ -17,6 +17,8 @@ from bnb_compile.lowering.dialects import Dialect
 from bnb_compile.lowering.printer import write
 from bnb_compile.rules.trace import OF_INTEGERS, OPERATIONS, trace
 
+pytestmark = pytest.mark.quick
+
 _PLAIN = {
     "add": "({} + {})",
     "sub": "({} - {})",

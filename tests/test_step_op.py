@@ -18,7 +18,7 @@ from bnb_compile.ops.operator import Modes, StepOp
 from bnb_compile.ops.step import GRAD_LIMIT, parts_of, step_op
 from bnb_compile.rules import LION
 
-pytestmark = pytest.mark.usefixtures("nan_filled_empty")
+pytestmark = [pytest.mark.usefixtures("nan_filled_empty"), pytest.mark.quick]
 
 BITS = pytest.mark.parametrize("bits", [8, 32])
 OPS = pytest.mark.parametrize("op", STEP_OPS.values(), ids=[op.name for op in STEP_OPS.values()])
@@ -398,6 +398,7 @@ def options_for(bucket: Bucket, form: str) -> dict:
     return {k: x for k, x in bucket.options.items() if form == "in_place" or k != "unorm"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["in_place", "functional"])
 @pytest.mark.parametrize("case", CHECKED)
 def test_opcheck(case: str, form: str) -> None:
