@@ -34,7 +34,7 @@ test: check $(VENV)/.installed-test $(VENV)/.installed-examples
 
 # Finds the kernels of the last time by their text.
 quick: $(VENV)/.installed-test
-	$(RUN)python -m pytest --numprocesses 2 --dist loadfile --keep-kernels build/kernels -m "quick and not slow and not long"
+	$(RUN)python -m pytest --numprocesses 2 --dist worksteal --keep-kernels=build/kernels -m "quick and not slow and not long"
 
 integrations: $(VENV)/.installed-test $(VENV)/.installed-integrations
 	$(RUN)python -m pytest tests/test_integrations.py
