@@ -621,14 +621,14 @@ def fuzz_damage(name, bits, seeds):
 @pytest.mark.parametrize("name", CASES)
 @each_bits
 def test_any_damage_raises_and_changes_nothing_or_does_no_harm(name, bits):
-    assert fuzz_damage(name, bits, range(100)) > 10
+    assert fuzz_damage(name, bits, range(40)) > 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @each_bits
 def test_much_damage_raises_and_changes_nothing_or_does_no_harm(name, bits):
-    assert fuzz_damage(name, bits, range(100, 1000)) > 100
+    assert fuzz_damage(name, bits, range(40, 1000)) > 100
 
 
 def check_mismatch(saved_of, loaded_by, bits):

@@ -108,7 +108,11 @@ def test_the_reference_is_the_torch_optimizer(family, k):
 
 @pytest.mark.parametrize(
     "family,k,dtype",
-    [(family, k, dtype) for family, k in VARIANTS for dtype in DTYPES[: None if k == 0 else 1]],
+    [
+        (family, k, dtype)
+        for family, k in VARIANTS
+        for dtype in DTYPES[: 1 if k else 3 if family in TWO else 2]
+    ],
     ids=lambda value: getattr(value, "name", short(value)),
 )
 @each_bits
