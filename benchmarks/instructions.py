@@ -44,8 +44,8 @@ class Row(NamedTuple):
 def ours(sm: int) -> Iterator[Row]:
     for (rule, bits), op in STEP_OPS.items():
         name = f"bnb_compile {rule}, {bits} bits"
-        for fast in (True, False) if bits == 8 else (False,):  # there is one 32-bit variant
-            kind = "" if bits == 32 else ", fast" if fast else ", portable"
+        for fast in (True, False) if bits == 8 else (False,):  # other formats have one variant
+            kind = "" if bits != 8 else ", fast" if fast else ", portable"
             for dtype in DTYPES:
                 yield _built(name + kind, op, dtype, fast, sm)
         # What a trust ratio costs besides: the first of two phases.

@@ -159,18 +159,22 @@ def never_zero(codes: Tensor, x: Tensor) -> Tensor:
     return torch.where(x > 0, torch.maximum(codes, torch.ones_like(codes)), 0)
 
 
-def cell(a: Tensor, signed: bool) -> Tensor:
-    """The cell of a state's magnitude as kernels compute it; of the unsigned map the cell is the code.
+def code(x: Tensor, signed: bool) -> Tensor:
+    """The code of a state's element as portable kernels compute it, which print it.
 
     Args:
-        a: Magnitudes ``|x| / absmax``, float32, any shape.
+        x: Elements times ``1 / absmax``, float32, any shape.
         signed: Which map.
 
     Returns:
-        Tensor: float32, as `a`: the nearest, or next to it within rounding of a midpoint; `never_zero`.
+        Tensor: float32, as `x`: the nearest code, or next to it within rounding of a midpoint; `never_zero`.
     """
-    nearest = closed_form(a, signed)
-    return nearest if signed else never_zero(nearest, a)
+    if not signed:
+        return never_zero(closed_form(x, signed), x)
+    cell = closed_form(x.abs(), signed)
+    # The map has 1.0 but no -1.0: cell 128 of a negative value is code 0.
+    mirrored = torch.maximum(127 - cell, torch.zeros_like(cell))
+    return torch.where(x < 0, mirrored, 127 + cell)
 
 
 def nearest(x: Tensor, signed: bool, outward: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 //
 // Printed before this text: struct Map<SIGNED> with
 //   VALUES[256]                    what each code stands for
-//   cell(a)                        the number of a magnitude's cell, traced from formats/codebook.py
+//   code(x)                        the code of a value, traced from formats/codebook.py
 // and for AVX-512 the same map as tables that fit into registers, indexed by exponent bits:
 //   SLOPE[16], START[16]           decode, by the binade of 2*cell + 1
 //   ABOVE[32], PER_UNIT[32], FIRST[32]   encode, by the binade of the magnitude
@@ -101,15 +101,8 @@ struct Codec {
 
   static inline void encode(const float* values, float inverse, uint8_t* codes) {
     for (int i = 0; i < BLOCK; i += LANES) {
-      const V x = V::loadu(values + i) * V(inverse);
-      V code = M::cell(SIGNED ? x.abs() : x);
-      if constexpr (SIGNED) {
-        // The map has 1.0 but no -1.0: cell 128 of a negative value is code 0.
-        const V mirrored = at::vec::maximum(V(127.f) - code, V(0.f));
-        code = V::blendv(V(127.f) + code, mirrored, x < V(0.f));
-      }
       float lane[LANES];
-      code.store(lane);
+      M::code(V::loadu(values + i) * V(inverse)).store(lane);
       for (int k = 0; k < LANES; k++) codes[i + k] = (uint8_t)lane[k];
     }
   }

@@ -94,19 +94,19 @@ def _table(name: str, values: Sequence[float]) -> str:
 
 
 def _map(signed: bool) -> str:
-    def portable(a: torch.Tensor) -> tuple[torch.Tensor]:
-        return (codebook.cell(a, signed),)
+    def portable(x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (codebook.code(x, signed),)
 
-    lines, (cell,) = write(trace(portable, 1, torch.float32), ["a"], C_VECTOR)
+    lines, (code,) = write(trace(portable, 1, torch.float32), ["x"], C_VECTOR)
     tables = {"VALUES": codebook.create_dynamic_map(signed).tolist(), **codebook.register_tables(signed)}
     return "\n".join(
         [
             "template <>",
             f"struct Map<{str(signed).lower()}> {{",
             *(_table(name, values) for name, values in tables.items()),
-            "  static inline V cell(const V& a) {",
+            "  static inline V code(const V& x) {",
             *(f"    {line}" for line in lines),
-            f"    return {cell};",
+            f"    return {code};",
             "  }",
             "};",
         ]

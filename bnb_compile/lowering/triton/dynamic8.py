@@ -82,20 +82,16 @@ def store_dynamic8(
     b,
     inside,
     whole,
-    cell,
+    portable,
     SIGNED: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Encode a state; `largest` is the largest magnitude of each block, `cell` the portable encoder."""
+    """Encode a state; `largest` is the largest magnitude of each block, `portable` the traced encoder."""
     largest = tl.where(largest < SMALLEST_NORMAL, 0.0, largest)
     tl.store(absmax + block + b, largest, whole)
     x = x * tl.where(largest > 0, 1.0 / largest, 0.0)[:, None]
     if FAST:
         code = encode_fast(x, SIGNED)
-    elif SIGNED:
-        magnitude = cell(tl.abs(x))[0].to(tl.int32)
-        # The map has 1.0 but no -1.0: cell 128 of a negative value is code 0.
-        code = tl.where(x < 0, tl.maximum(127 - magnitude, 0), 127 + magnitude)
     else:
-        code = cell(x)[0].to(tl.int32)
+        code = portable(x)[0].to(tl.int32)
     tl.store(codes + offset + i, code.to(tl.uint8), inside)

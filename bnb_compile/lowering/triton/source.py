@@ -201,7 +201,7 @@ def print_formats(op: StepOp, modes: Modes, fast: bool) -> str:
             if not modes.block_wise:
                 of_blocks = f"tl.load(of_parameter + {k}) + tl.zeros_like(b).to(tl.float32)"
             stores.append(
-                f"store_dynamic8({codes}, {absmax}, fresh[{k}], {of_blocks}, {', '.join(at)}, cell_{signed}, "
+                f"store_dynamic8({codes}, {absmax}, fresh[{k}], {of_blocks}, {', '.join(at)}, code_{signed}, "
                 f"{signed}, {fast})"
             )
             largest.append(f"tl.store(row + {k}, tl.max({magnitude}))")
@@ -210,7 +210,7 @@ def print_formats(op: StepOp, modes: Modes, fast: bool) -> str:
     states = [state.name for state in op.rule.states]
     return "\n".join(
         [
-            _print_cells() if tables(op) else "",
+            _print_codes() if tables(op) else "",
             _function("load_states", ["arenas", *at], [*unpack, *loads, f"return {_tuple(states)}"]),
             _function("store_states", ["arenas", "fresh", *at, "of_parameter"], [*unpack, *stores, "return"]),
             _function("store_largest", ["row", "fresh"], [*largest, "return"]),
@@ -219,14 +219,14 @@ def print_formats(op: StepOp, modes: Modes, fast: bool) -> str:
 
 
 @functools.cache
-def _print_cells() -> str:
+def _print_codes() -> str:
     """The portable encoder of both maps."""
     text = []
     for signed in (True, False):
-        lines, (cell,) = write(
-            trace(lambda a, signed=signed: (codebook.cell(a, signed),), 1, torch.float32), ["a"], TRITON
+        lines, (code,) = write(
+            trace(lambda x, signed=signed: (codebook.code(x, signed),), 1, torch.float32), ["x"], TRITON
         )
-        text.append(_function(f"cell_{signed}", ["a"], [*lines, f"return ({cell},)"]))
+        text.append(_function(f"code_{signed}", ["x"], [*lines, f"return ({code},)"]))
     return "\n".join(text)
 
 
