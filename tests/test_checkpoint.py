@@ -621,7 +621,7 @@ def fuzz_damage(name, bits, seeds):
 @pytest.mark.parametrize("name", CASES)
 @each_bits
 def test_any_damage_raises_and_changes_nothing_or_does_no_harm(name, bits):
-    assert fuzz_damage(name, bits, range(40)) > 4
+    assert fuzz_damage(name, bits, range(40)) > 2
 
 
 @pytest.mark.slow
