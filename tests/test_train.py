@@ -46,6 +46,7 @@ def arguments(text):
 @pytest.fixture(scope="module")
 def finished(train, arguments, tmp_path_factory):
     out = tmp_path_factory.mktemp("finished")
+    torch._dynamo.reset()  # what other tests of this process have compiled decides what is dynamic
     with contextlib.redirect_stdout(io.StringIO()) as stdout:
         assert train.main([*arguments, "--out", str(out)]) == 0
     cells = {}

@@ -153,7 +153,7 @@ class Changes(OpaqueBase):
     # As the listener of groups.
 
     def group_written(self, group: dict[str, Any]) -> None:
-        """See `Listener`: write its numbers into the tensors."""
+        """See `GroupListener`: write its numbers into the tensors."""
         optimizer = self._optimizer()
         if optimizer is None or not optimizer.family.is_complete(group):
             return
