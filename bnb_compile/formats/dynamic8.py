@@ -25,7 +25,8 @@ from .. import backends
 from ..rules import State
 from . import codebook
 from .arena import BLOCK, Part
-from .format import AbstractFormat, Stored, check_dense, check_finite
+from .format import AbstractFormat, Stored, block_maxima, check_dense, check_finite, spread
+from .table import AbstractTable
 
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 _OLD_BLOCK = 2048  # of bitsandbytes before 0.44
@@ -62,24 +63,16 @@ def dynamic_map(signed: bool, device: torch.device) -> DynamicMap:
     return _to(device, signed) if backends.replaces_tensors() else _on_device(signed, device)
 
 
-def _spread(scales: Tensor, numel: int, block_size: int) -> Tensor:
-    """The scale of each element."""
-    if numel % block_size == 0:
-        return scales[:, None].expand(-1, block_size).reshape(-1)
-    # (2 i + 1) // (2 b) is i // b. Inductor's C++ backend splits a loop over i at a division of i itself,
-    # and then leaves out the last, partial block (CppScheduling.try_loop_split, torch 2.13).
-    element = torch.arange(numel, device=scales.device)
-    return scales[(2 * element + 1) // (2 * block_size)]
+def _scale(largest: Tensor) -> Tensor:
+    """A block's absmax from its largest magnitude."""
+    return torch.where(largest < SMALLEST_NORMAL, 0.0, largest)
 
 
 def quantize(x: Tensor, code: DynamicMap | Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """`quantize_blockwise` as plain torch code; `code` is the dynamic map or a table of values."""
     flat = x.reshape(-1).float()
-    numel, count = flat.numel(), -(-flat.numel() // block_size)
-    blocks = torch.nn.functional.pad(flat, (0, count * block_size - numel))
-    absmax = blocks.view(count, block_size).abs().amax(1)
-    absmax = torch.where(absmax < SMALLEST_NORMAL, 0.0, absmax)
-    normalised = flat / _spread(torch.where(absmax == 0, 1.0, absmax), numel, block_size)
+    absmax = _scale(block_maxima(flat.abs(), block_size))
+    normalised = flat / spread(torch.where(absmax == 0, 1.0, absmax), flat.numel(), block_size)
     if isinstance(code, DynamicMap):
         codes = codebook.nearest(normalised, code.signed, code.outward)
     else:
@@ -92,8 +85,35 @@ def quantize(x: Tensor, code: DynamicMap | Tensor, block_size: int) -> tuple[Ten
 def dequantize(codes: Tensor, absmax: Tensor, values: Tensor, block_size: int) -> Tensor:
     """`dequantize_blockwise` as plain torch code, to float32."""
     flat = codes.reshape(-1)
-    value = values[flat.int()] * _spread(absmax, flat.numel(), block_size)
+    value = values[flat.int()] * spread(absmax, flat.numel(), block_size)
     return value.view(codes.shape)
+
+
+class DynamicTable(AbstractTable):
+    """The dynamic map as a table of a state's codes.
+
+    A number above 0 does not get the code of 0 of the unsigned map, see `codebook.never_zero`.
+
+    Args:
+        signed: Which map.
+    """
+
+    def __init__(self, signed: bool) -> None:
+        self.signed = signed
+        self.name = "signed_map" if signed else "unsigned_map"
+
+    def values(self, device: torch.device) -> Tensor:
+        """See `AbstractTable`."""
+        return dynamic_map(self.signed, device).values
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """See `AbstractTable`."""
+        codes = codebook.nearest(x, self.signed, dynamic_map(self.signed, x.device).outward)
+        return codes if self.signed else codebook.never_zero(codes, x)
+
+    def code(self, x: Tensor) -> Tensor:
+        """See `AbstractTable`."""
+        return codebook.code(x, self.signed)
 
 
 class Dynamic8(AbstractFormat):
@@ -105,25 +125,29 @@ class Dynamic8(AbstractFormat):
 
     name = "dynamic8"
     parts = (Part("codes", torch.uint8), Part("absmax", torch.float32, per=BLOCK))
+    maxima = 1
     keys = ("state", "qmap", "absmax", "max", "new_max")
 
     def __init__(self, signed: bool) -> None:
         self.signed = signed
+        self.tables = {"codes": DynamicTable(signed)}
 
-    def load(self, parts: Mapping[str, Tensor]) -> list[Tensor]:
+    def decode(self, numbers: Sequence[Tensor], shared: Sequence[Tensor]) -> Sequence[Tensor]:
         """See `AbstractFormat`."""
-        codes, absmax = parts["codes"], parts["absmax"]
-        return [dequantize(codes, absmax, dynamic_map(self.signed, codes.device).values, BLOCK)]
+        return [numbers[0] * shared[0]]
 
-    def store(self, values: Sequence[Tensor], block: int = BLOCK) -> dict[str, Tensor]:
-        """See `AbstractFormat`; the nearest code, but `codebook.never_zero` for an unsigned state."""
-        (x,) = values
-        codes, absmax = quantize(x, dynamic_map(self.signed, x.device), block)
-        absmax = absmax.repeat_interleave(max(block // BLOCK, 1))[: -(-x.numel() // BLOCK)]
-        if not self.signed:
-            scales = absmax.repeat_interleave(BLOCK)[: x.numel()]
-            codes = codebook.never_zero(codes, torch.where(scales > 0, x, 0.0))
-        return {"codes": codes, "absmax": absmax}
+    def magnitudes(self, states: Sequence[Tensor]) -> Sequence[Tensor]:
+        """See `AbstractFormat`."""
+        return [states[0].abs() if self.signed else states[0]]
+
+    def share(self, maxima: Sequence[Tensor]) -> Sequence[Tensor]:
+        """See `AbstractFormat`."""
+        return [_scale(maxima[0])]
+
+    def encode(self, states: Sequence[Tensor], shared: Sequence[Tensor]) -> Sequence[Tensor]:
+        """See `AbstractFormat`."""
+        absmax = shared[0]
+        return [states[0] * torch.where(absmax > 0, absmax.reciprocal(), 0.0)]
 
     def entries(self, parts: Mapping[str, Tensor], number: int, shape: torch.Size) -> dict[str, Tensor]:
         """See `AbstractFormat`."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arena import BLOCK, Part
+from .arena import Part
 from .format import AbstractFormat, check_dense, check_finite
 
 
@@ -24,13 +24,13 @@ class Elements(AbstractFormat):
         self.name, self.dtype = name, dtype
         self.parts = (Part("values", dtype),)
 
-    def load(self, parts: Mapping[str, Tensor]) -> list[Tensor]:
+    def decode(self, numbers: Sequence[Tensor], shared: Sequence[Tensor]) -> Sequence[Tensor]:
         """See `AbstractFormat`."""
-        return [parts["values"].float()]
+        return numbers
 
-    def store(self, values: Sequence[Tensor], block: int = BLOCK) -> dict[str, Tensor]:
+    def encode(self, states: Sequence[Tensor], shared: Sequence[Tensor]) -> Sequence[Tensor]:
         """See `AbstractFormat`; rounds to nearest."""
-        return {"values": values[0].to(self.dtype)}
+        return states
 
     def entries(self, parts: Mapping[str, Tensor], number: int, shape: torch.Size) -> dict[str, Tensor]:
         """See `AbstractFormat`."""

@@ -1,13 +1,13 @@
 """What a state format is: how the float32 states of a parameter become the tensors that are kept.
 
 A format is an object with one file of its own. The eager step, every load of a checkpoint and every
-conversion use its `store`; the kernels have the same codec, printed or written for an instruction set, see
-`lowering`.
+conversion use its `store`; the kernels are printed from the same functions, see `lowering`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,28 +15,74 @@ from torch import Tensor
 
 from .. import backends
 from .arena import BLOCK, Part
+from .table import AbstractTable
 
 
 class AbstractFormat:
     """How one state, or a tuple of states that need one another, is stored.
 
+    A format says what it computes in four functions of plain torch, elementwise and on float32: `decode`,
+    `magnitudes`, `share` and `encode`. They are traced once (formats/trace.py) and printed in every language,
+    and `load` and `store` run them. What they call numbers are entries as float32: what a code stands for, if
+    the part has a table.
+
     Attributes:
         name: Lower case; part of the names of operators and arenas. Formats of one name share their arenas.
-        parts: The tensors that a parameter has in this format.
+        parts: The tensors that a parameter has in this format; with an entry for each element, or for each
+            block of BLOCK elements.
+        tables: What the entries of a part stand for, by its name; those of other parts are the numbers.
         states: Number of states in the tuple.
+        maxima: Number of results of `magnitudes`.
         keys: What the keys of `entries` begin with, before a number.
     """
 
     name: str
     parts: tuple[Part, ...]
+    tables: Mapping[str, AbstractTable] = MappingProxyType({})
     states: int = 1
+    maxima: int = 0
     keys: tuple[str, ...] = ("state",)
+
+    def decode(self, numbers: Sequence[Tensor], shared: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The states of elements.
+
+        Args:
+            numbers: Of each part `of_elements`.
+            shared: Of each part `of_blocks`, those of the element's block.
+        """
+        raise NotImplementedError
+
+    def magnitudes(self, states: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What the largest of a block is found of: at least 0, and 0 where all states are 0."""
+        return ()
+
+    def share(self, maxima: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Of each part `of_blocks`, a block's number.
+
+        Args:
+            maxima: The largest of each of the `magnitudes` in the block; or in the whole parameter, if a step
+                is not block_wise.
+        """
+        return ()
+
+    def encode(self, states: Sequence[Tensor], shared: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The reverse of `decode`: numbers, which are then rounded to what the part can hold."""
+        raise NotImplementedError
+
+    @property
+    def of_elements(self) -> tuple[Part, ...]:
+        """The parts with an entry for each element."""
+        return tuple(part for part in self.parts if part.per == 1)
+
+    @property
+    def of_blocks(self) -> tuple[Part, ...]:
+        """The parts with an entry for each block."""
+        return tuple(part for part in self.parts if part.per > 1)
 
     @property
     def bits(self) -> int:
         """Bits of an element of a state, without what blocks share."""
-        of_elements = [part for part in self.parts if part.per == 1]
-        return 8 * sum(part.dtype.itemsize for part in of_elements) // self.states
+        return 8 * sum(part.dtype.itemsize for part in self.of_elements) // self.states
 
     def load(self, parts: Mapping[str, Tensor]) -> list[Tensor]:
         """The states of a parameter.
@@ -47,16 +93,32 @@ class AbstractFormat:
         Returns:
             list[Tensor]: ``(numel,)`` float32 for each state.
         """
-        raise NotImplementedError
+        numbers = [self._numbers(part, parts[part.name]) for part in self.of_elements]
+        (numel,) = numbers[0].shape
+        return list(self.decode(numbers, [spread(parts[part.name], numel, BLOCK) for part in self.of_blocks]))
 
-    def store(self, values: Sequence[Tensor], block: int = BLOCK) -> dict[str, Tensor]:
-        """The reverse of `load`; the only encoder, apart from the kernels'.
+    def store(self, states: Sequence[Tensor], block: int = BLOCK) -> dict[str, Tensor]:
+        """The reverse of `load`; the only encoder, apart from the kernels that are printed from it.
 
         Args:
-            values: ``(numel,)`` float32 for each state.
+            states: ``(numel,)`` float32 each.
             block: Elements that share what blocks share; more than BLOCK only for a whole parameter.
         """
-        raise NotImplementedError
+        (numel,) = states[0].shape
+        shared = self.share([block_maxima(x, block) for x in self.magnitudes(states)])
+        numbers = self.encode(states, [spread(x, numel, block) for x in shared])
+        of_blocks = [x.repeat_interleave(max(block // BLOCK, 1))[: -(-numel // BLOCK)] for x in shared]
+        entries = [self._entries(part, x) for part, x in zip(self.of_elements, numbers)]
+        names = (part.name for part in (*self.of_elements, *self.of_blocks))
+        return dict(zip(names, (*entries, *of_blocks)))
+
+    def _numbers(self, part: Part, entries: Tensor) -> Tensor:
+        if part.name in self.tables:
+            return self.tables[part.name].values(entries.device)[entries.int()]
+        return entries.float()
+
+    def _entries(self, part: Part, numbers: Tensor) -> Tensor:
+        return self.tables[part.name].nearest(numbers) if part.name in self.tables else numbers.to(part.dtype)
 
     def entries(self, parts: Mapping[str, Tensor], number: int, shape: torch.Size) -> dict[str, Tensor]:
         """What ``optimizer.state`` shows of a parameter, under bitsandbytes' keys.
@@ -84,6 +146,23 @@ class AbstractFormat:
         """
         parts = self.parts_of(saved, number, numel)
         return None if parts is None else self.load(parts)
+
+
+def block_maxima(magnitudes: Tensor, block_size: int) -> Tensor:
+    """The largest of each block of ``(numel,)`` magnitudes."""
+    numel, count = magnitudes.numel(), -(-magnitudes.numel() // block_size)
+    blocks = torch.nn.functional.pad(magnitudes, (0, count * block_size - numel))
+    return blocks.view(count, block_size).amax(1)
+
+
+def spread(of_blocks: Tensor, numel: int, block_size: int) -> Tensor:
+    """What each element shares with its block."""
+    if numel % block_size == 0:
+        return of_blocks[:, None].expand(-1, block_size).reshape(-1)
+    # (2 i + 1) // (2 b) is i // b. Inductor's C++ backend splits a loop over i at a division of i itself,
+    # and then leaves out the last, partial block (CppScheduling.try_loop_split, torch 2.13).
+    element = torch.arange(numel, device=of_blocks.device)
+    return of_blocks[(2 * element + 1) // (2 * block_size)]
 
 
 class Stored(NamedTuple):

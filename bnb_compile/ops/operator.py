@@ -163,6 +163,11 @@ class StepOp:
         return same.index(stored)
 
     @property
+    def maxima(self) -> int:
+        """Number of maxima that the formats must know of each block."""
+        return sum(stored.format.maxima for stored in self.stored)
+
+    @property
     def shared_in_blocks(self) -> bool:
         """Whether some format shares something in blocks, so that `block_wise` means anything."""
         return any(arena.part.per > 1 for arena in self.arenas)

@@ -177,6 +177,7 @@ def _function(name: str, parts: str, arguments: str, body: str) -> str:
     return f"""#include <torch/csrc/inductor/cpp_prefix.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <array>
 #include <tuple>
 #include <utility>
 #include <vector>

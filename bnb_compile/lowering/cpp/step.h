@@ -7,14 +7,15 @@
 //   update(param, grad, state, s)     the update of LANES elements; param and state are replaced
 //   direction(param, grad, state, s)  returns the direction; state is replaced
 // GRAD_LIMIT, the Modes of ops/operator.py, trust_ratio(max_unorm, param_norm, update_norm) and
-// round_bits(bits, index, step); and what stores the states (elements.h, dynamic8.h), each a struct F with
+// round_bits(bits, index, step); and what stores the states (stored.h), each a struct F with
 //   STATES                                how many of the rule's states: those after the ones before it
+//   MAXIMA                                how many numbers it must know of a block, or of a parameter
 //   F::Buffer                             memory for a block
 //   F::Block(f, buffer, first, block, count)
 //     decode(i, state)                    the states of LANES elements
 //     keep(i, state)                      takes what they become
-//     measure(state), found(whole)        what must be known of a whole parameter without BLOCK_WISE
-//     out(f, buffer, first, block, count, whole)
+//     measure(state), found(maxima)       what must be known of a whole parameter without BLOCK_WISE
+//     out(f, first, block, count, maxima)
 
 // A parameter of the bucket; Python fills an int64 row of the same fields.
 struct Parameter {
@@ -47,14 +48,15 @@ inline V usable(const V& grad) {
 }
 
 // Of a block, and then of a parameter: what its update must know beforehand.
+template <int MAXIMA>
 struct Measured {
   double update = 0, param = 0;  // sums of squares
-  float largest[Rule::STATES + 1] = {};  // what the formats found
+  float maxima[MAXIMA + 1] = {};  // what the formats found
 
   void add(const Measured& other) {
     update += other.update;
     param += other.param;
-    for (int s = 0; s < Rule::STATES; s++) largest[s] = std::max(largest[s], other.largest[s]);
+    for (int k = 0; k < MAXIMA; k++) maxima[k] = std::max(maxima[k], other.maxima[k]);
   }
 };
 
@@ -66,7 +68,7 @@ inline V round_stochastically(const V& value, int32_t index, int32_t step) {
   return V::loadu(bits);
 }
 
-// The formats of the rule's states, with the first state of each.
+// The formats of the rule's states, with the first state and the first maximum of each.
 template <class... F>
 struct Formats {
   std::tuple<F...> formats;
@@ -74,8 +76,16 @@ struct Formats {
   using Blocks = std::tuple<typename F::Block...>;
   static constexpr auto ALL = std::make_integer_sequence<int, sizeof...(F)>();
 
+  static constexpr int MAXIMA = (F::MAXIMA + ... + 0);
+
   static constexpr int first_state(int format) {
     constexpr int counts[] = {F::STATES..., 0};
+    int first = 0;
+    for (int k = 0; k < format; k++) first += counts[k];
+    return first;
+  }
+  static constexpr int first_maximum(int format) {
+    constexpr int counts[] = {F::MAXIMA..., 0};
     int first = 0;
     for (int k = 0; k < format; k++) first += counts[k];
     return first;
@@ -84,9 +94,9 @@ struct Formats {
 
 // Updates block b of a parameter; or, if MEASURE, only finds out about it.
 template <bool MEASURE, class P, class G, class Storage, int... F>
-Measured update_block(
+Measured<Storage::MAXIMA> update_block(
     const Parameter& parameter, const Storage& storage, int64_t b, const float* scalars, float grad_scale,
-    int64_t step, const Measured& whole, std::integer_sequence<int, F...>) {
+    int64_t step, const Measured<Storage::MAXIMA>& whole, std::integer_sequence<int, F...>) {
   const int64_t first = b * BLOCK, offset = parameter.offset + first, block = parameter.block + b;
   const int count = (int)std::min<int64_t>(BLOCK, parameter.numel - first);
   Staged<P> staged_param;
@@ -141,7 +151,7 @@ Measured update_block(
     V any(0.f);
     for (int i = 0; i < BLOCK; i += LANES)
       any = V::blendv(any, V(1.f), usable(GRAD_SCALE ? read(grad + i) * scale : read(grad + i)));
-    if (largest(any) == 0.f) return Measured();
+    if (largest(any) == 0.f) return {};
   }
   // Elements with an unusable gradient stay as they are; most blocks have none and need no check of each.
   if (all_usable(grad, scale)) {
@@ -149,16 +159,15 @@ Measured update_block(
   } else {
     update(std::true_type());
   }
-  Measured found;
+  Measured<Storage::MAXIMA> found;
   if constexpr (MEASURE) {
     found.update = MAX_UNORM ? sum(update_squares) : 0.f;
     found.param = sum(param_squares);
-    (std::get<F>(states).found(found.largest + Storage::first_state(F)), ...);
+    (std::get<F>(states).found(found.maxima + Storage::first_maximum(F)), ...);
   } else {
     staged_param.out(data, parameter.data_strides, first, count);
     (std::get<F>(states).out(
-         std::get<F>(storage.formats), std::get<F>(buffers), offset, block, count,
-         whole.largest + Storage::first_state(F)),
+         std::get<F>(storage.formats), offset, block, count, whole.maxima + Storage::first_maximum(F)),
      ...);
   }
   return found;
@@ -175,11 +184,12 @@ void update_bucket(
   };
   for (int64_t k = 0; k < count; k++) step[k] += active(k);
 
-  std::vector<Measured> whole(TWO_PHASES ? count : 1);
+  using Found = Measured<Storage::MAXIMA>;
+  std::vector<Found> whole(TWO_PHASES ? count : 1);
   if constexpr (TWO_PHASES) {
     int64_t total = 0;
     for (int64_t k = 0; k < count; k++) total += blocks(k);
-    std::vector<Measured> found(total);
+    std::vector<Found> found(total);
     share_out(count, 64, blocks, [&](int64_t k, int64_t from, int64_t to, int64_t passed) {
       float scalars[Rule::SCALARS];
       Rule::scalars(hyper + k * Rule::HYPER, (double)step[k], scalars);
@@ -187,7 +197,7 @@ void update_bucket(
         found[passed + b] = update_block<true, P, G>(
             parameters[k], storage, b, scalars, scale(k), step[k], whole[k], Storage::ALL);
     });
-    const Measured* next = found.data();
+    const Found* next = found.data();
     for (int64_t k = 0; k < count; k++)
       for (int64_t b = 0; b < blocks(k); b++) whole[k].add(*next++);
   }
@@ -204,7 +214,7 @@ void update_bucket(
   share_out(count, 64, blocks, [&](int64_t k, int64_t from, int64_t to, int64_t) {
     float scalars[Rule::SCALARS];
     Rule::scalars(hyper + k * Rule::HYPER, (double)step[k], scalars);
-    const Measured& all = whole[TWO_PHASES ? k : 0];
+    const Found& all = whole[TWO_PHASES ? k : 0];
     if constexpr (MAX_UNORM) {
       const double unit = scalars[Rule::UNIT];
       scalars[Rule::STEP_SIZE] *=

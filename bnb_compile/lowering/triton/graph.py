@@ -14,7 +14,7 @@ from ...rules.trace import trace_rule
 from .. import _inductor, wrapper
 from .._inductor import V, lowerings
 from ..node import AbstractKernelNode, AbstractStepNode, empty, static
-from . import source
+from . import formats, source
 from .plan import Launch, plan, spans
 
 
@@ -33,13 +33,13 @@ def lower_step(op: StepOp, a: Arguments) -> None:
         scratch["found"] = empty([max(programs, 1), 1 + columns], torch.float32, device)
         scratch["measured"] = empty([n, columns], torch.float32, device)
         constants["spans"] = spans(launches, n)
-    constants |= source.tables(op)
+    constants |= formats.tables(op)
     constants |= {
         _of_launch(k, name): x for k, launch in enumerate(launches) for name, x in launch.tables.items()
     }
     arenas = {arena.name: x for arena, x in zip(op.arenas, a.arenas)}
     select = lowerings[torch.ops.aten.select.int]
-    rows = {row.name: select(arenas[row.arena], 0, row.number) for row in source.arena_rows(op)}
+    rows = {row.name: select(arenas[row.arena], 0, row.number) for row in formats.arena_rows(op)}
     constant = {name: _inductor.constant(x, device) for name, x in constants.items()}
     TritonStepNode(op, a, scratch, constant | rows, launches)
 

@@ -11,9 +11,9 @@ the tensors on; an argument that an entry does not have is None. Arguments, for 
     scalars     (n, SCALARS) float32, the rule's
     grad_scale  (n,) float32
     step        (n,) int64
-    measured    (n, 1 + STATES) float32: the trust ratio, and what each state's format needs of a parameter
-    found       (programs, 2 + STATES) float32: sums of the squares of the direction and of the parameter, and
-                the largest of what a format must know
+    measured    (n, 1 + MAXIMA) float32: the trust ratio, and the largest of what the formats must know
+    found       (programs, 2 + MAXIMA) float32: sums of the squares of the direction and of the parameter, and
+                those maxima
 
 How a step is parallelised: a program takes TILE blocks of BLOCK elements of one parameter, a warp one or more
 whole blocks, so that a block's maximum is a reduction inside a warp.
@@ -76,6 +76,25 @@ def load_grad(
 
 
 @triton.jit
+def load_codes(codes, table, i, inside, ZERO: tl.constexpr):
+    """The numbers that codes, (TILE, BLOCK), stand for; past the end they are 0, which is the code ZERO."""
+    code = tl.load(codes + i, inside, ZERO).to(tl.int32)
+    values = tl.load(table + tl.arange(0, 256))
+    flat = tl.reshape(code, [code.shape[0] * code.shape[1]])
+    return tl.reshape(tl.gather(values, flat, 0), code.shape)
+
+
+@triton.jit
+def block_maxima(x, of_parameter, b):
+    """The largest of each block, (TILE,), or what was found of the whole parameter."""
+    if of_parameter is None:
+        largest = tl.max(x, 1)
+    else:
+        largest = tl.load(of_parameter) + tl.zeros_like(b).to(tl.float32)
+    return largest
+
+
+@triton.jit
 def update_program(
     k,
     grad_address,
@@ -96,7 +115,7 @@ def update_program(
     MAX_UNORM: tl.constexpr,
     SKIP_ZEROS: tl.constexpr,
     BLOCK_WISE: tl.constexpr,
-    STATES: tl.constexpr,
+    MAXIMA: tl.constexpr,
     load_scalars,
     load_states,
     update,
@@ -121,7 +140,7 @@ def update_program(
     old = load_states(arenas, offset, i, block, b, inside, whole)
     ratio = None
     if MAX_UNORM:
-        ratio = tl.load(measured + k * (1 + STATES))
+        ratio = tl.load(measured + k * (1 + MAXIMA))
     param, fresh = update(old_param, grad, old, s, ratio)
     if round_bits is not None:
         bits = param.to(tl.int32, bitcast=True)
@@ -137,7 +156,7 @@ def update_program(
         inside = inside & touched[:, None]
     of_parameter = None
     if not BLOCK_WISE:
-        of_parameter = measured + k * (1 + STATES) + 1
+        of_parameter = measured + k * (1 + MAXIMA) + 1
     store_states(arenas, fresh, offset, i, block, b, inside, whole, of_parameter)
 
 
@@ -160,12 +179,12 @@ def measure_program(
     DIMS: tl.constexpr,
     INDEX: tl.constexpr,
     SKIP_ZEROS: tl.constexpr,
-    STATES: tl.constexpr,
+    MAXIMA: tl.constexpr,
     load_scalars,
     load_states,
     direction,
     keep,
-    store_largest,
+    store_maxima,
 ):
     """Find out what a step must know of whole parameters; FIRST is the launch's row."""
     pid = tl.program_id(0)
@@ -183,10 +202,10 @@ def measure_program(
     old = load_states(arenas, offset, i, block, b, inside, whole)
     moved, fresh = direction(param, grad, old, s)
     moved = tl.where(used, moved, 0.0)
-    row = found + (FIRST + pid) * (2 + STATES)
+    row = found + (FIRST + pid) * (2 + MAXIMA)
     tl.store(row, tl.sum(moved * moved))
     tl.store(row + 1, tl.sum(param * param))
-    store_largest(row + 2, keep(used, fresh, old))
+    store_maxima(row + 2, keep(used, fresh, old))
 
 
 @triton.jit
@@ -199,13 +218,13 @@ def finish_program(
     max_unorm,
     unorm,
     measured,
-    STATES: tl.constexpr,
+    MAXIMA: tl.constexpr,
     SCALARS: tl.constexpr,
     UNIT: tl.constexpr,
     trust_ratio,
 ):
     """Add up what was found of one parameter; `spans` is (n, 2) int64, the rows of `found` that are its."""
-    COLUMNS: tl.constexpr = 2 + STATES
+    COLUMNS: tl.constexpr = 2 + MAXIMA
     k = tl.program_id(0).to(tl.int64)
     begin = tl.load(spans + 2 * k)
     end = tl.load(spans + 2 * k + 1)
@@ -229,15 +248,15 @@ def finish_program(
         if active:
             tl.store(unorm + k, (update_norm * update_norm).to(tl.float32))
         ratio = trust_ratio(limit, tl.sqrt(tl.sum(param)), update_norm)[0]
-        tl.store(measured + k * (1 + STATES), ratio.to(tl.float32))
-    for state in tl.static_range(STATES):
+        tl.store(measured + k * (1 + MAXIMA), ratio.to(tl.float32))
+    for m in tl.static_range(MAXIMA):
         largest = tl.zeros([1024], tl.float32)
         first = begin
         while first < end:
             row = found + (first + lane) * COLUMNS
-            largest = tl.maximum(largest, tl.load(row + 2 + state, first + lane < end, 0.0))
+            largest = tl.maximum(largest, tl.load(row + 2 + m, first + lane < end, 0.0))
             first += 1024
-        tl.store(measured + k * (1 + STATES) + 1 + state, tl.max(largest))
+        tl.store(measured + k * (1 + MAXIMA) + 1 + m, tl.max(largest))
 
 
 @triton.jit

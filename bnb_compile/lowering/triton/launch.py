@@ -14,7 +14,7 @@ from ...ops.operator import Arguments, Modes, StepOp
 from ...rules.trace import trace_rule
 from .._inductor import PyCodeCache
 from ..launcher import AbstractLauncher, addresses
-from . import source
+from . import formats, source
 from .plan import Launch, plan, spans
 
 
@@ -50,8 +50,8 @@ class Launcher(AbstractLauncher):
             "addresses": self.addresses,
             "present": self.addresses[:, 1],
             "scalars": torch.empty(n, scalars, dtype=torch.float32, device=self.device),
-            **{row.name: self.tensors[row.arena][row.number] for row in source.arena_rows(op)},
-            **{name: table.to(self.device) for name, table in source.tables(op).items()},
+            **{row.name: self.tensors[row.arena][row.number] for row in formats.arena_rows(op)},
+            **{name: table.to(self.device) for name, table in formats.tables(op).items()},
         }
         self._uploaded: list[int] = []
         self._captured: list[Any] = []  # tables of launches that a CUDA graph has captured

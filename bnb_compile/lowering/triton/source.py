@@ -11,18 +11,18 @@ depends on the number of parameters, but for the arguments of those that write a
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from ...formats import BLOCK, Stored, codebook
-from ...formats.dynamic8 import Dynamic8
-from ...formats.elements import Elements
+from ...formats import BLOCK
 from ...ops.operator import Modes, StepOp, kernel_arguments
-from ...rules.trace import trace, trace_round_bits, trace_rule, trace_trust_ratio
+from ...rules.trace import trace_round_bits, trace_rule, trace_trust_ratio
 from ..dialects import TRITON, TRITON_DOUBLE, TRITON_INTEGERS
 from ..printer import write
+from .formats import arena_rows, print_formats, tables
+from .text import LANGUAGE, call, function, tuple_of
 
 TYPES = {
     torch.float32: "fp32",
@@ -33,7 +33,6 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-_LANGUAGE = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 
 TILE = 8  # blocks of 256 elements for a program of 4 warps: 16 elements for a thread
 WARPS = 4
@@ -51,9 +50,10 @@ IMPORTS = """\
 import triton
 import triton.language as tl
 from bnb_compile.lowering.triton.device import div, sqrt
-from bnb_compile.lowering.triton.dynamic8 import load_dynamic8, store_dynamic8
+from bnb_compile.lowering.triton.dynamic_map import encode_fast
 from bnb_compile.lowering.triton.kernels import (
-    finish_program, measure_program, norms_program, prepare_program, sums_program, update_program
+    block_maxima, finish_program, load_codes, measure_program, norms_program, prepare_program, sums_program,
+    update_program,
 )
 """
 
@@ -86,19 +86,6 @@ class Variant(NamedTuple):
         return {"ALIGNED": self.aligned, "DIMS": self.dims, "INDEX": index}
 
 
-def _function(name: str, arguments: Iterable[str], lines: Iterable[str]) -> str:
-    body = "".join(f"    {line}\n" for line in lines)
-    return f"@triton.jit\ndef {name}({', '.join(arguments)}):\n{body}"
-
-
-def _tuple(values: Iterable[str]) -> str:
-    return f"({''.join(f'{value}, ' for value in values)})"
-
-
-def _call(function: str, **arguments: object) -> str:
-    return f"{function}({', '.join(f'{name}={value}' for name, value in arguments.items())})"
-
-
 # What a rule brings.
 
 
@@ -110,139 +97,45 @@ def print_rule(op: StepOp, fast: bool) -> str:
     unpack += [f"{name} = s[{k}]" for k, name in enumerate(names)]
     flag = f"FAST: tl.constexpr = {fast}"
 
-    def function(name: str, arguments: list[str], graph: torch.fx.Graph, before: Sequence[str] = ()) -> str:
+    def printed(name: str, arguments: list[str], graph: torch.fx.Graph, before: Sequence[str] = ()) -> str:
         lines, (result, *fresh) = write(graph, ["param", "grad", *states, *names], TRITON)
-        body = [flag, *unpack, *before, *lines, f"return {result}, {_tuple(fresh)}"]
-        return _function(name, arguments, body)
+        body = [flag, *unpack, *before, *lines, f"return {result}, {tuple_of(fresh)}"]
+        return function(name, arguments, body)
 
     trust = ["if ratio is not None:", "    step_size = step_size * ratio"]
     return "\n".join(
         [
-            function("update", ["param", "grad", "states", "s", "ratio"], traced.update, trust),
-            function("direction", ["param", "grad", "states", "s"], traced.direction),
-            _function(
+            printed("update", ["param", "grad", "states", "s", "ratio"], traced.update, trust),
+            printed("direction", ["param", "grad", "states", "s"], traced.direction),
+            function(
                 "load_scalars",
                 ["scalars", "k"],
                 [f"row = scalars + k * {len(names)}"]
                 + [f"{name} = tl.load(row + {j})" for j, name in enumerate(names)]
-                + [f"return {_tuple(names)}"],
+                + [f"return {tuple_of(names)}"],
             ),
-            _function(
+            function(
                 "keep",
                 ["used", "fresh", "old"],
-                [f"return {_tuple(f'tl.where(used, fresh[{k}], old[{k}])' for k in range(len(states)))}"],
+                [f"return {tuple_of(f'tl.where(used, fresh[{k}], old[{k}])' for k in range(len(states)))}"],
             ),
         ]
     )
-
-
-# What formats bring.
-
-
-class Row(NamedTuple):
-    """A row of an arena, which is an argument of its own."""
-
-    name: str
-    arena: str
-    number: int
-    dtype: torch.dtype
-
-
-def arena_rows(op: StepOp) -> list[Row]:
-    """All rows of all arenas, in the order of the kernels' arguments."""
-    return [
-        Row(f"{arena.name}_{k}" if arena.rows > 1 else arena.name, arena.name, k, arena.part.dtype)
-        for arena in op.arenas
-        for k in range(arena.rows)
-    ]
-
-
-def _row(op: StepOp, stored: Stored, part: str) -> str:
-    """Name of the row of an arena that some states have."""
-    arena, index = f"{stored.format.name}_{part}", op.row(stored)
-    return next(row.name for row in arena_rows(op) if (row.arena, row.number) == (arena, index))
-
-
-def tables(op: StepOp) -> dict[str, torch.Tensor]:
-    """Constant tensors that the formats' kernels read, by name of their argument."""
-    found = {}
-    for stored in op.stored:
-        if isinstance(stored.format, Dynamic8):
-            found[_map_name(stored.format)] = codebook.create_dynamic_map(stored.format.signed)
-    return found
-
-
-def _map_name(stored: Dynamic8) -> str:
-    return "signed_map" if stored.signed else "unsigned_map"
-
-
-def print_formats(op: StepOp, modes: Modes, fast: bool) -> str:
-    """How the states are loaded, stored, and measured for a whole parameter."""
-    arenas = [*(row.name for row in arena_rows(op)), *tables(op)]
-    unpack = [f"{name} = arenas[{k}]" for k, name in enumerate(arenas)]
-    at = ["offset", "i", "block", "b", "inside", "whole"]
-    loads, stores, largest = [], [], []
-    for stored in op.stored:
-        k = stored.states[0]
-        name = op.rule.states[k].name
-        if isinstance(stored.format, Elements):
-            pointer = _row(op, stored, "values")
-            loads.append(f"{name} = tl.load({pointer} + offset + i, inside, 0.0).to(tl.float32)")
-            to = _LANGUAGE[stored.format.dtype]
-            stores.append(f"tl.store({pointer} + offset + i, fresh[{k}].to({to}), inside)")
-            largest.append(f"tl.store(row + {k}, 0.0)")
-        elif isinstance(stored.format, Dynamic8):
-            signed = stored.format.signed
-            codes, absmax = _row(op, stored, "codes"), _row(op, stored, "absmax")
-            table = _map_name(stored.format)
-            loads.append(f"{name} = load_dynamic8({codes}, {absmax}, {table}, {', '.join(at)}, {signed})")
-            magnitude = f"tl.abs(fresh[{k}])" if signed else f"fresh[{k}]"
-            of_blocks = f"tl.max({magnitude}, 1)"
-            if not modes.block_wise:
-                of_blocks = f"tl.load(of_parameter + {k}) + tl.zeros_like(b).to(tl.float32)"
-            stores.append(
-                f"store_dynamic8({codes}, {absmax}, fresh[{k}], {of_blocks}, {', '.join(at)}, code_{signed}, "
-                f"{signed}, {fast})"
-            )
-            largest.append(f"tl.store(row + {k}, tl.max({magnitude}))")
-        else:
-            raise NotImplementedError(f"the format {stored.format.name} has no Triton")
-    states = [state.name for state in op.rule.states]
-    return "\n".join(
-        [
-            _print_codes() if tables(op) else "",
-            _function("load_states", ["arenas", *at], [*unpack, *loads, f"return {_tuple(states)}"]),
-            _function("store_states", ["arenas", "fresh", *at, "of_parameter"], [*unpack, *stores, "return"]),
-            _function("store_largest", ["row", "fresh"], [*largest, "return"]),
-        ]
-    )
-
-
-@functools.cache
-def _print_codes() -> str:
-    """The portable encoder of both maps."""
-    text = []
-    for signed in (True, False):
-        lines, (code,) = write(
-            trace(lambda x, signed=signed: (codebook.code(x, signed),), 1, torch.float32), ["x"], TRITON
-        )
-        text.append(_function(f"code_{signed}", ["x"], [*lines, f"return ({code},)"]))
-    return "\n".join(text)
 
 
 @functools.cache
 def _print_round_bits() -> str:
     arguments = ["bits", "index", "step"]
     lines, (rounded,) = write(trace_round_bits(), arguments, TRITON_INTEGERS)
-    return _function("round_bits", arguments, [*lines, f"return ({rounded},)"])
+    return function("round_bits", arguments, [*lines, f"return ({rounded},)"])
 
 
 # Entries: what is launched.
 
 
 def measured_columns(op: StepOp) -> int:
-    """Columns of `measured`: the trust ratio, and what must be known of each state."""
-    return 1 + len(op.rule.states)
+    """Columns of `measured`: the trust ratio, and what must be known of the states."""
+    return 1 + op.maxima
 
 
 def step_arguments(op: StepOp, modes: Modes, variant: Variant, measure: bool = False) -> list[str]:
@@ -279,22 +172,22 @@ def _step_entry(
     def given(argument: str) -> str:
         return argument if argument in arguments else "None"
 
-    call = _call(
+    calls = call(
         "measure_program" if measure else "update_program",
         k="k",
         grad_address="grad_address",
         addresses="addresses",
         rows="rows",
         strides=given("strides"),
-        arenas=_tuple([*(row.name for row in arena_rows(op)), *tables(op)]),
+        arenas=tuple_of([*(row.name for row in arena_rows(op)), *tables(op)]),
         scalars="scalars",
         scale="scale",
-        PARAM=_LANGUAGE[param_dtype],
-        GRAD=_LANGUAGE[grad_dtype],
+        PARAM=LANGUAGE[param_dtype],
+        GRAD=LANGUAGE[grad_dtype],
         TILE=TILE,
         **variant.constants,
         SKIP_ZEROS=modes.skip_zeros,
-        STATES=len(op.rule.states),
+        MAXIMA=op.maxima,
         load_scalars="load_scalars",
         load_states="load_states",
         keep="keep",
@@ -309,14 +202,14 @@ def _step_entry(
         "if grad_address == 0:",
         "    return",
         *scale,
-        call,
+        calls,
     ]
     return "\n".join(
         [
             print_rule(op, fast),
             print_formats(op, modes, fast),
             _print_round_bits() if rounds else "",
-            _function(name, arguments, body),
+            function(name, arguments, body),
         ]
     )
 
@@ -350,7 +243,7 @@ def measure_kernel(
 
     `found` has a row for each program, this launch's from row `base` on.
     """
-    own = dict(found="found", FIRST=base, direction="direction", store_largest="store_largest")
+    own = dict(found="found", FIRST=base, direction="direction", store_maxima="store_maxima")
     return _step_entry(op, modes, name, param_dtype, grad_dtype, variant, measure=True, **own)
 
 
@@ -366,7 +259,7 @@ def finish_kernel(op: StepOp, modes: Modes, name: str) -> str:
     names = trace_rule(op.rule).scalar_names
     arguments = ["limit", "param_norm", "update_norm"]
     lines, (ratio,) = write(trace_trust_ratio(), arguments, TRITON_DOUBLE)
-    call = _call(
+    calls = call(
         "finish_program",
         addresses="addresses",
         grad_scale="grad_scale" if modes.grad_scale else None,
@@ -376,15 +269,15 @@ def finish_kernel(op: StepOp, modes: Modes, name: str) -> str:
         max_unorm="max_unorm" if modes.max_unorm else None,
         unorm="unorm" if modes.max_unorm else None,
         measured="measured",
-        STATES=len(op.rule.states),
+        MAXIMA=op.maxima,
         SCALARS=len(names),
         UNIT=names.index("unit"),
         trust_ratio="trust_ratio",
     )
     return "\n".join(
         [
-            _function("trust_ratio", arguments, [*lines, f"return ({ratio},)"]),
-            _function(name, finish_arguments(modes), [call]),
+            function("trust_ratio", arguments, [*lines, f"return ({ratio},)"]),
+            function(name, finish_arguments(modes), [calls]),
         ]
     )
 
@@ -421,7 +314,7 @@ def prepare_kernel(
         f"tl.store(scalars + k * {len(results)} + {j}, (tl.zeros_like(t) + {value}).to(tl.float32), there)"
         for j, value in enumerate(results)
     ]
-    call = _call(
+    calls = call(
         "prepare_program",
         present="present",
         step="step",
@@ -436,10 +329,10 @@ def prepare_kernel(
     arguments = [*(a for a, _ in tensors), *(["addresses"] if tensors else []), *prepare_arguments(modes)]
     return "\n".join(
         [
-            _function(
+            function(
                 "write_scalars", ["hyper", "scalars", "k", "t", "there"], [*loads, *lines, *stores, "return"]
             ),
-            _function(name, [*arguments, "count"], [*_write_addresses(tensors), call]),
+            function(name, [*arguments, "count"], [*_write_addresses(tensors), calls]),
         ]
     )
 
@@ -453,7 +346,7 @@ def addresses_kernel(name: str, tensors: Sequence[tuple[str, int]]) -> str:
         name: Of the kernel.
         tensors: Each argument, and the entry of `addresses`, the last argument, that it is written to.
     """
-    return _function(name, [*(a for a, _ in tensors), "addresses"], _write_addresses(tensors))
+    return function(name, [*(a for a, _ in tensors), "addresses"], _write_addresses(tensors))
 
 
 def _write_addresses(tensors: Sequence[tuple[str, int]]) -> list[str]:
@@ -473,7 +366,7 @@ def numbers_kernel(name: str) -> str:
             f"if {k} < count:",
             f"    tl.store(addresses + first + {k}, tl.where({n} == {NO_NUMBER}, 0, {n}))",
         ]
-    kernel = _function(name, [*numbers, "addresses", "first", "count"], stores)
+    kernel = function(name, [*numbers, "addresses", "first", "count"], stores)
     plain = f"@triton.jit(do_not_specialize={[*numbers, 'first', 'count']!r})"
     return kernel.replace("@triton.jit", plain)
 
@@ -485,7 +378,7 @@ def sums_arguments(variant: Variant) -> list[str]:
 
 def sums_kernel(name: str, dtype: torch.dtype, variant: Variant, base: int) -> str:
     """Source of the first stage of tensor_norms: sums of parts of tensors, from entry `base` of `sums` on."""
-    call = _call(
+    calls = call(
         "sums_program",
         addresses="addresses",
         rows="rows",
@@ -493,16 +386,16 @@ def sums_kernel(name: str, dtype: torch.dtype, variant: Variant, base: int) -> s
         strides="strides" if variant.dims else None,
         sums="sums",
         FIRST=base,
-        DTYPE=_LANGUAGE[dtype],
+        DTYPE=LANGUAGE[dtype],
         ELEMENTS=SUM_BLOCKS * BLOCK,
         **variant.constants,
     )
-    return _function(name, sums_arguments(variant), [call])
+    return function(name, sums_arguments(variant), [calls])
 
 
 def norms_kernel(name: str) -> str:
     """Source of the second stage of tensor_norms."""
-    return _function(name, ["sums", "spans", "out"], ["norms_program(sums, spans, out)"])
+    return function(name, ["sums", "spans", "out"], ["norms_program(sums, spans, out)"])
 
 
 def argument_dtypes(op: StepOp, modes: Modes) -> dict[str, torch.dtype]:

@@ -1,4 +1,4 @@
-"""formats/dynamic8.py in Triton: codes to floats and back."""
+"""The dynamic map with NVIDIA's instructions."""
 
 import math
 import struct
@@ -7,13 +7,11 @@ import triton
 import triton.language as tl
 
 from ...formats import codebook
-from ...formats.dynamic8 import SMALLEST_NORMAL as _SMALLEST
 from .device import add_down, exp2_fast, fma_down, log2_fast
 
 LOG10_2 = tl.constexpr(math.log10(2))
 LOG2_5 = tl.constexpr(math.log2(5))
 MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves an integer in the low bits
-SMALLEST_NORMAL = tl.constexpr(_SMALLEST)
 _SIGNED, _UNSIGNED = codebook.LOGARITHMIC[True], codebook.LOGARITHMIC[False]
 SIGNED_LEAST, UNSIGNED_LEAST = tl.constexpr(_SIGNED.least), tl.constexpr(_UNSIGNED.least)
 SIGNED_LOG2_SLOPE = tl.constexpr(_SIGNED.log2_slope)
@@ -58,40 +56,3 @@ def encode_fast(x, SIGNED: tl.constexpr):
     y = tl.maximum(y, tl.fma(y, 4 / 3, 256 - ONE_CELL * (4 / 3)))
     code = add_down(y, MAGIC - 1).to(tl.int32, bitcast=True)
     return tl.where(x > 0, code, 0)
-
-
-@triton.jit
-def load_dynamic8(codes, absmax, values, offset, i, block, b, inside, whole, SIGNED: tl.constexpr):
-    """A state of the elements `i`, (TILE, BLOCK), and the blocks `b`, (TILE,), of a parameter."""
-    code = tl.load(codes + offset + i, inside, 127 if SIGNED else 0).to(tl.int32)
-    table = tl.load(values + tl.arange(0, 256))
-    flat = tl.reshape(code, [code.shape[0] * code.shape[1]])
-    value = tl.reshape(tl.gather(table, flat, 0), code.shape)
-    return value * tl.load(absmax + block + b, whole, 0.0)[:, None]
-
-
-@triton.jit
-def store_dynamic8(
-    codes,
-    absmax,
-    x,
-    largest,
-    offset,
-    i,
-    block,
-    b,
-    inside,
-    whole,
-    portable,
-    SIGNED: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """Encode a state; `largest` is the largest magnitude of each block, `portable` the traced encoder."""
-    largest = tl.where(largest < SMALLEST_NORMAL, 0.0, largest)
-    tl.store(absmax + block + b, largest, whole)
-    x = x * tl.where(largest > 0, 1.0 / largest, 0.0)[:, None]
-    if FAST:
-        code = encode_fast(x, SIGNED)
-    else:
-        code = portable(x)[0].to(tl.int32)
-    tl.store(codes + offset + i, code.to(tl.uint8), inside)

@@ -1,22 +1,18 @@
-// formats/dynamic8.py on vectors of floats: the 256 codes of a block to floats and back.
-//
-// Printed before this text: struct Map<SIGNED> with
-//   VALUES[256]                    what each code stands for
-//   code(x)                        the code of a value, traced from formats/codebook.py
-// and for AVX-512 the same map as tables that fit into registers, indexed by exponent bits:
+// The codes of the dynamic map for AVX-512, where tables indexed by exponent bits fit into registers. M is the
+// map as any table, see stored.h, and has besides
 //   SLOPE[16], START[16]           decode, by the binade of 2*cell + 1
 //   ABOVE[32], PER_UNIT[32], FIRST[32]   encode, by the binade of the magnitude
 
-template <bool SIGNED>
-struct Codec {
-  using M = Map<SIGNED>;
-  static constexpr uint8_t ZERO = SIGNED ? 127 : 0;
-
 #if defined(CPU_CAPABILITY_AVX512)
+template <class M, bool SIGNED>
+struct MapCodes {
+  using Entry = uint8_t;
+  static constexpr bool VECTORS = false;
+  static constexpr uint8_t zero = M::ZERO;
   const __m512 slope = _mm512_loadu_ps(M::SLOPE), start = _mm512_loadu_ps(M::START);
 
   // t = 2*cell + 1 is odd, so that cell 0 has a binade of its own, with zeros in the tables.
-  inline V decode(const uint8_t* codes) const {
+  inline V load(const uint8_t* codes) const {
     const __m512 code =
         _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes)));
     __m512 t, sign = _mm512_setzero_ps();
@@ -76,86 +72,23 @@ struct Codec {
     }
   };
 
-  static inline void encode(const float* values, float inverse, uint8_t* codes) {
+  template <class Number>
+  static inline void store(const Number& number, uint8_t* codes) {
     const Encoder encoder;
-    const __m512 scale = _mm512_set1_ps(inverse);
-    const __m512i zero = _mm512_set1_epi16(ZERO);
+    const __m512i zero_code = _mm512_set1_epi16(zero);
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     for (int i = 0; i < BLOCK; i += 64) {
       __m512i cell[4];
-      for (int k = 0; k < 4; k++)
-        cell[k] = encoder(_mm512_mul_ps(_mm512_load_ps(values + i + 16 * k), scale));
+      for (int k = 0; k < 4; k++) cell[k] = encoder(number(i + 16 * k));
       // Saturating, so that cell -128 is code 0: the map has 1.0 but no -1.0.
-      const __m512i low = _mm512_add_epi16(_mm512_packs_epi32(cell[0], cell[1]), zero);
-      const __m512i high = _mm512_add_epi16(_mm512_packs_epi32(cell[2], cell[3]), zero);
+      const __m512i low = _mm512_add_epi16(_mm512_packs_epi32(cell[0], cell[1]), zero_code);
+      const __m512i high = _mm512_add_epi16(_mm512_packs_epi32(cell[2], cell[3]), zero_code);
       const __m512i packed = _mm512_packus_epi16(low, high);
       _mm512_storeu_si512(codes + i, _mm512_permutexvar_epi32(order, packed));
     }
   }
+};
 #else
-  inline V decode(const uint8_t* codes) const {
-    float values[LANES];
-    for (int k = 0; k < LANES; k++) values[k] = M::VALUES[codes[k]];
-    return V::loadu(values);
-  }
-
-  static inline void encode(const float* values, float inverse, uint8_t* codes) {
-    for (int i = 0; i < BLOCK; i += LANES) {
-      float lane[LANES];
-      M::code(V::loadu(values + i) * V(inverse)).store(lane);
-      for (int k = 0; k < LANES; k++) codes[i + k] = (uint8_t)lane[k];
-    }
-  }
+template <class M, bool SIGNED>
+using MapCodes = Codes<M>;
 #endif
-};
-
-// One state: codes, and one scale for each block.
-template <bool SIGNED>
-struct Dynamic8 {
-  static constexpr int STATES = 1;
-  uint8_t* codes;
-  float* absmax;
-
-  struct Buffer {
-    Staged<uint8_t> staged;
-    alignas(64) float fresh[BLOCK];
-  };
-
-  // The buffer is elsewhere, so that the members can live in registers.
-  struct Block {
-    using C = Codec<SIGNED>;
-    const C codec{};
-    uint8_t* const codes;
-    float* const fresh;
-    const V scale;
-    V high{0.f};  // largest magnitudes
-
-    Block(const Dynamic8& rows, Buffer& buffer, int64_t first, int64_t block, int count)
-        : codes(buffer.staged.in(rows.codes + first, nullptr, 0, count, C::ZERO)),
-          fresh(buffer.fresh),
-          scale(rows.absmax[block]) {}
-    inline void decode(int i, V* state) const {
-      state[0] = codec.decode(codes + i) * scale;
-    }
-    inline void measure(const V* state) {
-      high = at::vec::clamp_min(high, SIGNED ? state[0].abs() : state[0]);
-    }
-    inline void found(float* whole) const {
-      whole[0] = largest(high);
-    }
-    inline void keep(int i, const V* state) {
-      state[0].store(fresh + i);
-      if constexpr (BLOCK_WISE) measure(state);
-    }
-    void out(
-        const Dynamic8& rows, Buffer& buffer, int64_t first, int64_t block, int count,
-        const float* whole) {
-      float absmax = BLOCK_WISE ? largest(high) : whole[0];
-      if (absmax < std::numeric_limits<float>::min()) absmax = 0.f;  // as formats/dynamic8.py
-      absmax = std::min(absmax, std::numeric_limits<float>::max());
-      rows.absmax[block] = absmax;
-      C::encode(fresh, absmax > 0.f ? 1.f / absmax : 0.f, codes);
-      buffer.staged.out(rows.codes + first, nullptr, 0, count);
-    }
-  };
-};
