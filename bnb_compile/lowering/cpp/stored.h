@@ -62,6 +62,8 @@ struct Stored {
   struct Buffer {
     std::tuple<Staged<typename E::Entry>...> staged;
     alignas(64) float fresh[AT_ONCE ? 1 : STATES][AT_ONCE ? LANES : BLOCK];
+
+    Buffer() {}  // see Staged
   };
 
   // The buffer is elsewhere, so that the members can live in registers.

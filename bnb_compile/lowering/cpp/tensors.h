@@ -43,6 +43,8 @@ template <class T>
 struct Staged {
   alignas(64) T copy[BLOCK];
 
+  Staged() {}  // a tuple of these would fill them with zeros
+
   T* in(T* tensor, const int64_t* strides, int64_t first, int count, T zero = T(0)) {
     if (!strides && count == BLOCK) return tensor + first;
     for (int i = count; i < BLOCK; i++) copy[i] = zero;
