@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 MATRIX ?= 2.11.0 2.15.0
 RUN := $(VENV)/bin/
+# The kernels of the last time are found by their text.
+KEEP := --keep-kernels=build/kernels
 
 .PHONY: help train export test quick check integrations matrix slow bench contract clean
 
@@ -30,11 +32,10 @@ export: $(VENV)/.installed-examples
 	$(RUN)python examples/export/run.py $(ARGS)
 
 test: check $(VENV)/.installed-test $(VENV)/.installed-examples
-	$(RUN)python -m pytest --numprocesses 2 --dist loadfile
+	$(RUN)python -m pytest --numprocesses 2 --dist loadfile $(KEEP)
 
-# Finds the kernels of the last time by their text.
 quick: $(VENV)/.installed-test
-	$(RUN)python -m pytest --numprocesses 2 --dist worksteal --keep-kernels=build/kernels -m "quick and not slow and not long"
+	$(RUN)python -m pytest --numprocesses 2 --dist worksteal $(KEEP) -m "quick and not slow and not long"
 
 integrations: $(VENV)/.installed-test $(VENV)/.installed-integrations
 	$(RUN)python -m pytest tests/test_integrations.py

@@ -76,11 +76,12 @@ def adam(bits: int) -> StepOp:
 
 
 def _cases() -> dict[str, tuple[StepOp, Modes, torch.dtype, torch.dtype]]:
-    """Adam in many dtypes, every operator in some, and a few in other modes."""
+    """Adam in many dtypes, every rule and every format in some, and a few in other modes."""
     steps = {name: (adam(bits), Modes(), *dtypes) for name, (bits, *dtypes) in zip(NAMES, KINDS)}
-    for op, (_, *dtypes) in zip(STEP_OPS.values(), itertools.cycle(KINDS[:2] + KINDS[3:])):
-        if op.rule.name != "adam":
-            steps[op.name] = (op, Modes(), *dtypes)
+    steps["adam_step_bfloat16"] = (adam(16), Modes(), torch.bfloat16, torch.float32)
+    rules = [op for (name, bits), op in STEP_OPS.items() if bits == 8 and name != "adam"]
+    for op, (_, *dtypes) in zip(rules, itertools.cycle(KINDS[:2] + KINDS[3:])):
+        steps[op.name] = (op, Modes(), *dtypes)
     for (rule, bits), modes in MODES.items():
         steps[f"{rule}, {bits} bits, modes"] = (STEP_OPS[rule, bits], modes, *KINDS[1][1:])
     return steps

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from pathlib import Path
 
 import torch
 
+from ..formats.trace import trace_code, trace_format
 from ..ops.operator import StepOp
 from ..rules.trace import trace_rule
 
@@ -30,9 +30,12 @@ def operator_hash(op: StepOp) -> str | None:
     if not op.rule.scalars.__module__.startswith(package):
         texts += map(str, (op.rule.hyper._fields, op.rule.states, *trace_rule(op.rule)))
     for stored in op.stored:
-        module = inspect.getmodule(type(stored.format))
-        if module is None or not module.__name__.startswith(package):
-            texts.append(inspect.getsource(module or type(stored.format)))
+        if not type(stored.format).__module__.startswith(package):
+            texts += map(str, (stored.states, stored.format.parts, *trace_format(stored.format)))
+        for part, table in stored.format.tables.items():
+            if not type(table).__module__.startswith(package):
+                values = table.values(torch.device("cpu")).tolist()
+                texts += map(str, (part, values, trace_code(table)))
     return hashlib.sha256(repr(texts).encode()).hexdigest() if texts else None
 
 

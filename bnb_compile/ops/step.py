@@ -34,6 +34,7 @@ from torch import Tensor
 
 from .. import backends
 from ..formats import BLOCK, FORMATS, Slot, Stored, layout
+from ..formats.trace import trace_format
 from ..rules import Rule, round_bits, trust_ratio
 from ..rules.trace import trace_rule
 from .library import define
@@ -164,13 +165,15 @@ def step_op(rule: Rule, format: str | tuple[Stored, ...]) -> StepOp:
 
     Raises:
         ValueError: If there is no such format, or a name in the rule cannot be used.
-        NotImplementedError: If the rule uses an operation that no rule may use.
+        NotImplementedError: If the rule or a format uses an operation that it may not use.
     """
     if isinstance(format, str):
         if format not in FORMATS:
             raise ValueError(f"Invalid format: {format!r}, must be one of {sorted(FORMATS)}")
         return step_op(rule, FORMATS[format](rule.states))
     trace_rule(rule)  # checks it
+    for stored in format:
+        trace_format(stored.format)
     op = StepOp(rule, format)
     _register(op)
     return op
