@@ -39,7 +39,7 @@ from torch import Tensor
 
 from bnb_compile.formats import layout
 from bnb_compile.formats.codebook import bounds, create_dynamic_map, nearest, outward_bounds
-from bnb_compile.lowering.triton import device, dynamic8
+from bnb_compile.lowering.triton import device, dynamic_map
 from bnb_compile.lowering.triton import source as triton_lowering
 from bnb_compile.lowering.triton.source import print_rule
 from bnb_compile.ops.blockwise import dequantize_op, quantize_op
@@ -542,7 +542,7 @@ def _fma(a: Any, b: Any, c: Any, down: bool = False) -> Tensor:
 
 
 def emulated_encode_fast(log2_error: float, exp2_error: float) -> Callable[[Tensor, bool], Tensor]:
-    """dynamic8.encode_fast itself, run with tensors in place of Triton's language.
+    """dynamic_map.encode_fast itself, run with tensors in place of Triton's language.
 
     Args:
         log2_error: Of ``lg2.approx``, in units of 2**-22, which it is documented to be right to: absolute for
@@ -576,7 +576,7 @@ def emulated_encode_fast(log2_error: float, exp2_error: float) -> Callable[[Tens
         inline_asm_elementwise=instruction,
     )
     names: dict[str, Any] = {}
-    for name, value in [*vars(device).items(), *vars(dynamic8).items()]:
+    for name, value in [*vars(device).items(), *vars(dynamic_map).items()]:
         value = getattr(value, "fn", value)  # a function without @triton.jit
         value = value.value if isinstance(value, tl.constexpr) else value
         names[name] = (

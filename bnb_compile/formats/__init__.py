@@ -8,6 +8,7 @@ from ..rules import State
 from . import bfloat16, dynamic8, float32
 from .arena import ALIGN as ALIGN
 from .arena import BLOCK as BLOCK
+from .arena import Geometry as Geometry
 from .arena import Layout as Layout
 from .arena import Part as Part
 from .arena import Slot as Slot

@@ -7,7 +7,7 @@ have an entry for each element, another one for each block of elements.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +30,20 @@ class Part(NamedTuple):
     per: int = 1
 
 
+class Geometry(NamedTuple):
+    """Which elements of a tensor a parameter is, where it is a part of one that several processes hold.
+
+    Attributes:
+        row: Elements of a row, at whose end a block ends too; 0 if the parameter is one row.
+        stride: Elements of the whole tensor from the begin of a row to that of the next.
+        first: Number of the first element, from which stochastic rounding takes its bits.
+    """
+
+    row: int
+    stride: int
+    first: int
+
+
 class Slot(NamedTuple):
     """A parameter's place in the arenas."""
 
@@ -37,6 +51,10 @@ class Slot(NamedTuple):
     numel: int
     block: int  # first block
     blocks: int
+    row: int  # elements, at least 1
+    row_blocks: int  # at least 1
+    stride: int  # see Geometry
+    first: int
 
     def span(self, per: int) -> slice:
         """The parameter's entries in an arena with an entry for each `per` elements."""
@@ -45,6 +63,24 @@ class Slot(NamedTuple):
             return slice(first, first - -self.numel // per)
         each = BLOCK // per
         return slice(self.block * each, (self.block + self.blocks) * each)
+
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
+        """``(numel,)`` entries with zeros between rows, so that every row begins with a block."""
+        if self.row >= self.numel:
+            return x
+        missing = self.row_blocks * BLOCK - self.row
+        return torch.nn.functional.pad(x.view(-1, self.row), (0, missing)).view(-1)
+
+    def unpadded(self, x: torch.Tensor) -> torch.Tensor:
+        """The reverse of `padded`."""
+        if self.row >= self.numel:
+            return x
+        return x.view(-1, self.row_blocks * BLOCK)[:, : self.row].reshape(-1)
+
+    def indices(self, device: torch.device) -> torch.Tensor:
+        """``(numel,)`` int64, the number of each element in the whole tensor, counted from `first`."""
+        i = torch.arange(self.numel, device=device)
+        return self.first + i // self.row * self.stride + i % self.row
 
 
 class Layout(NamedTuple):
@@ -60,13 +96,22 @@ class Layout(NamedTuple):
         return -(-entries // ALIGN) * ALIGN
 
 
-def layout(numels: Iterable[int]) -> Layout:
-    """Places of parameters with these numbers of elements."""
+def layout(numels: Iterable[int], geometry: Sequence[int] | None = None) -> Layout:
+    """Places of parameters with these numbers of elements.
+
+    Args:
+        numels: Of each parameter.
+        geometry: The numbers of each one's `Geometry`, one after another; None if they are whole tensors,
+            whose elements are counted on from one to the next.
+    """
     slots = []
     offset = block = 0
-    for numel in numels:
-        blocks = -(-numel // BLOCK)
-        slots.append(Slot(offset, numel, block, blocks))
+    for k, numel in enumerate(numels):
+        row, stride, first = geometry[3 * k : 3 * k + 3] if geometry else (0, 0, offset)
+        row = row or max(numel, 1)
+        row_blocks = -(-row // BLOCK)
+        blocks = numel // row * row_blocks
+        slots.append(Slot(offset, numel, block, blocks, row, row_blocks, stride, first))
         offset += -(-numel // ALIGN) * ALIGN
         block += blocks
     return Layout(tuple(slots), offset, block)

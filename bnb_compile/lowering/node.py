@@ -61,6 +61,7 @@ class AbstractStepNode(AbstractKernelNode):
         params: n buffers.
         grads: n buffers or None.
         present: The gradients that there are.
+        geometry: See `Options`.
         tensors: All other buffers by the names of kernel arguments: `Arguments.tensors`, scratch, constants.
     """
 
@@ -71,7 +72,7 @@ class AbstractStepNode(AbstractKernelNode):
         scratch: dict[str, Any] | None = None,
         constants: dict[str, Any] | None = None,
     ) -> None:
-        self.op, self.modes = op, op.modes(a.options)
+        self.op, self.modes, self.geometry = op, op.modes(a.options), a.options.geometry
         self.params, self.grads = self.real(a.params), self.real(a.grads)
         for x in [*self.params, *filter(None, self.grads)]:  # guards are made while lowering
             static([*x.get_size(), *x.get_stride()])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ class Modes(NamedTuple):
     skip_zeros: bool = False
     block_wise: bool = True
     stochastic_round: bool = False
+    rows: bool = False
 
     @property
     def two_phases(self) -> bool:
@@ -57,6 +58,7 @@ class Options:
             all blocks of a parameter have the same.
         stochastic_round: Whether bfloat16 parameters are rounded up or down stochastically, see
             rules/rounding.py.
+        geometry: Three ints for each parameter, its `formats.Geometry`; None if they are whole tensors.
     """
 
     grad_scale: Any = _of_params(torch.float32)
@@ -65,6 +67,7 @@ class Options:
     skip_zeros: bool = False
     block_wise: bool = True
     stochastic_round: bool = False
+    geometry: Sequence[int] | None = None
 
     @staticmethod
     def dtypes() -> dict[str, torch.dtype]:
@@ -86,7 +89,9 @@ class Options:
         """
         texts = []
         for k, field in enumerate(dataclasses.fields(Options)):
-            if not field.metadata:
+            if field.name == "geometry":
+                texts.append("int[]? geometry=None")
+            elif not field.metadata:
                 texts.append(f"bool {field.name}={field.default}")
             elif not field.metadata["needs"]:
                 texts.append(f"Tensor? {field.name}=None")
@@ -110,6 +115,11 @@ class Options:
         """Those tensors that are given."""
         given = {name: getattr(self, name) for name in self.dtypes()}
         return {name: x for name, x in given.items() if x is not None}
+
+    @property
+    def rows(self) -> bool:
+        """Whether blocks end at the ends of rows."""
+        return any((self.geometry or ())[::3])
 
     @property
     def modes(self) -> Modes:
@@ -181,9 +191,9 @@ class StepOp:
         """Shape of every arena."""
         return [(arena.rows, places.length(arena.part.per)) for arena in self.arenas]
 
-    def bytes_per_param(self, numel: int) -> float:
+    def bytes_per_param(self, numel: int, geometry: Sequence[int] | None = None) -> float:
         """Memory of the states of a parameter, for each of its elements."""
-        (slot,) = layout([numel]).slots
+        (slot,) = layout([numel], geometry).slots
         of_row = [(slot.span(arena.part.per), arena) for arena in self.arenas]
         total = sum(
             (span.stop - span.start) * arena.rows * arena.part.dtype.itemsize for span, arena in of_row
@@ -216,6 +226,12 @@ class Arguments(NamedTuple):
         """From the arguments of an operator."""
         params, grads, *arenas, step, hyper = args
         return Arguments(params, grads, arenas, step, hyper, Options(**options))
+
+    def places(self, numels: Iterable[int] | None = None) -> Layout:
+        """The parameters' places in the arenas; `numels` where they are not tensors."""
+        if numels is None:
+            numels = (param.numel() for param in self.params)
+        return layout(numels, self.options.geometry)
 
     def tensors(self, op: StepOp) -> dict[str, Any]:
         """What a kernel takes after parameters and gradients, by name."""

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..formats import BLOCK, FORMATS, Slot, Stored, layout
+from ..formats import BLOCK, FORMATS, Part, Slot, Stored
 from ..formats.trace import trace_format
 from ..rules import Rule, round_bits, trust_ratio
 from ..rules.trace import trace_rule
@@ -62,7 +62,16 @@ def _mistakes(op: StepOp, a: Arguments) -> Iterator[str]:
             yield f"params[{k}] has shape {tuple(param.shape)}, its grad {tuple(grad.shape)}"
         if param.device != device or (grad is not None and grad.device != device):
             yield f"params[{k}] or its grad is not on {device}, where step is"
-    n, places = len(a.params), layout(param.numel() for param in a.params)
+    n, geometry = len(a.params), a.options.geometry
+    if geometry is not None:
+        if len(geometry) != 3 * n:
+            yield f"geometry has {len(geometry)} numbers, must have three for each of {n} params"
+            return
+        for k, (param, row) in enumerate(zip(a.params, geometry[::3])):
+            if row < 0 or (row and param.numel() % row):
+                yield f"params[{k}] has {param.numel()} elements, which are no rows of {row}"
+                return
+    places = a.places()
     shapes = {arena.name: shape for arena, shape in zip(op.arenas, op.shapes(places))}
     shapes["hyper"] = (n, len(op.rule.hyper._fields))
     dtypes = kernel_arguments(op, a.options.modes)
@@ -94,8 +103,14 @@ def _load(op: StepOp, arenas: Sequence[Tensor], slot: Slot) -> list[Tensor]:
     """A parameter's states, (numel,) float32 each."""
     states: dict[int, Tensor] = {}
     for stored in op.stored:
-        states.update(zip(stored.states, stored.format.load(parts_of(op, arenas, stored, slot))))
+        parts = parts_of(op, arenas, stored, slot)
+        padded = {part.name: _padded(parts, part, slot) for part in stored.format.parts}
+        states.update(zip(stored.states, map(slot.unpadded, stored.format.load(padded))))
     return [states[k] for k in range(len(op.rule.states))]
+
+
+def _padded(parts: dict[str, Tensor], part: Part, slot: Slot) -> Tensor:
+    return slot.padded(parts[part.name]) if part.per == 1 else parts[part.name]
 
 
 def _store(
@@ -106,21 +121,25 @@ def _store(
     touched = active.expand(slot.blocks)
     if a.options.skip_zeros and a.options.block_wise:
         # Encoding a block anew may change it, so one without any gradient is left alone.
-        padded = torch.nn.functional.pad(usable, (0, slot.blocks * BLOCK - slot.numel))
+        in_rows = slot.padded(usable)
+        padded = torch.nn.functional.pad(in_rows, (0, slot.blocks * BLOCK - in_rows.numel()))
         touched = touched & padded.view(-1, BLOCK).any(1)
     for stored in op.stored:
-        fresh = stored.format.store([states[k] for k in stored.states], block)
+        fresh = stored.format.store([slot.padded(states[k]) for k in stored.states], block)
         views = parts_of(op, a.arenas, stored, slot)
         for part in stored.format.parts:
-            where = touched.repeat_interleave(BLOCK // part.per)[: views[part.name].numel()]
-            views[part.name].copy_(torch.where(where, fresh[part.name], views[part.name]))
+            where, entries = touched, fresh[part.name]
+            if part.per == 1:
+                where = touched.repeat_interleave(BLOCK)[: slot.padded(usable).numel()]
+                where, entries = slot.unpadded(where), slot.unpadded(entries)
+            views[part.name].copy_(torch.where(where, entries, views[part.name]))
 
 
 def _update(op: StepOp, a: Arguments) -> None:
     """The reference: one parameter after another, in plain torch."""
     backends.counts["operator"] += 1
     options = a.options
-    for k, slot in enumerate(layout(param.numel() for param in a.params).slots):
+    for k, slot in enumerate(a.places().slots):
         param, grad = a.params[k], a.grads[k]
         if grad is None:
             continue
@@ -144,7 +163,7 @@ def _update(op: StepOp, a: Arguments) -> None:
             s = s._replace(step_size=(scalars.step_size * ratio).float())
         new = list(op.rule.update(old[0], grad_f32, *old[1:], s))
         if options.stochastic_round:
-            index = torch.arange(slot.offset, slot.offset + slot.numel, device=param.device).int()
+            index = slot.indices(param.device).int()
             new[0] = round_bits(new[0].view(torch.int32), index, a.step[k].int()).view(torch.float32)
         param_f32, *states = (torch.where(usable, n, o) for n, o in zip(new, old))
         param.copy_(param_f32.view(param.shape))

@@ -37,7 +37,7 @@ class CppStepNode(AbstractStepNode):
 
     def _rows(self) -> str:
         """Statements that make rows of the tensors, and say how long the arenas are."""
-        places = layout(static_numel(p.get_size()) for p in self.params)
+        places = layout((static_numel(p.get_size()) for p in self.params), self.geometry)
         strides: list[str] = []
         rows: list[str] = []
         for k, (param, grad, slot) in enumerate(zip(self.params, self.grads, places.slots)):
@@ -46,7 +46,10 @@ class CppStepNode(AbstractStepNode):
             )
             # An empty tensor may have no address, but it has a gradient.
             gradient = "nullptr" if grad is None else f"g{k}" if slot.numel else "(const void*)1"
-            rows.append(f"{{p{k}, {gradient}, {slot.numel}, {slot.offset}, {slot.block}, {described}}}")
+            numbers = ", ".join(map(str, source.of_row(slot)))
+            rows.append(
+                f"{{p{k}, {gradient}, {slot.numel}, {slot.offset}, {slot.block}, {described}, {numbers}}}"
+            )
         return (
             print_rows("Parameter", rows, strides)
             + f"\n  const int64_t elements = {places.elements}, blocks = {places.blocks};"

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...formats import layout
 from ...ops.operator import Arguments, Modes, StepOp
 from .._inductor import CppPythonBindingsCodeCache
 from ..launcher import AbstractLauncher, addresses
@@ -53,11 +52,12 @@ class Launcher(AbstractLauncher):
 
     def __init__(self, op: StepOp, a: Arguments) -> None:
         super().__init__(op, a)
-        self.places = layout(param.numel() for param in a.params)
+        self.places = a.places()
         # A row is `struct Parameter` of step.h.
-        self.table = _integers([[0, 0, s.numel, s.offset, s.block, 0, 0] for s in self.places.slots])
-        self.pointers, self.stride_pointers = self.table[:, :2], self.table[:, 5:]
-        self.strides: list[Tensor] = []  # keeps alive what the last two columns point to
+        rows = [[0, 0, s.numel, s.offset, s.block, 0, 0, *source.of_row(s)] for s in self.places.slots]
+        self.table = _integers(rows)
+        self.pointers, self.stride_pointers = self.table[:, :2], self.table[:, 5:7]
+        self.strides: list[Tensor] = []  # keeps alive what those columns point to
 
     def load(self, dtype: torch.dtype) -> None:
         """See `AbstractLauncher`."""

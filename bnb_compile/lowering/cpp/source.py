@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ...formats import BLOCK
+from ...formats import BLOCK, Slot
 from ...ops.operator import Modes, Options, StepOp, kernel_arguments
 from ...ops.step import GRAD_LIMIT
 from ...rules.trace import trace_round_bits, trace_rule, trace_trust_ratio
@@ -107,6 +107,11 @@ def state_arguments(op: StepOp, modes: Modes) -> dict[str, str]:
 def flat_strides(dims: Sequence[tuple[int, int]]) -> list[int]:
     """Sizes and strides as tensors.h reads them: their number, the sizes, the strides."""
     return [len(dims), *(n for n, _ in dims), *(s for _, s in dims)]
+
+
+def of_row(slot: Slot) -> tuple[int, int, int, int]:
+    """The last fields of a `struct Parameter`."""
+    return slot.row, slot.row_blocks, slot.stride, slot.first
 
 
 @functools.cache

@@ -27,6 +27,11 @@ struct Parameter {
   // Null for a contiguous tensor, otherwise {dims, sizes..., strides...}.
   const int64_t* data_strides;
   const int64_t* grad_strides;
+  // A part of a tensor that several processes hold: see formats/arena.py, Slot.
+  int64_t row;
+  int64_t row_blocks;
+  int64_t row_stride;
+  int64_t first;
 };
 
 // Whether all of a block's gradients are below the limit, and none is NaN.
@@ -97,8 +102,14 @@ template <bool MEASURE, class P, class G, class Storage, int... F>
 Measured<Storage::MAXIMA> update_block(
     const Parameter& parameter, const Storage& storage, int64_t b, const float* scalars, float grad_scale,
     int64_t step, const Measured<Storage::MAXIMA>& whole, std::integer_sequence<int, F...>) {
-  const int64_t first = b * BLOCK, offset = parameter.offset + first, block = parameter.block + b;
-  const int count = (int)std::min<int64_t>(BLOCK, parameter.numel - first);
+  int64_t first = b * BLOCK, end = parameter.numel, index = parameter.first + first;
+  if constexpr (ROWS) {
+    const int64_t row = b / parameter.row_blocks, column = b % parameter.row_blocks * BLOCK;
+    first = row * parameter.row + column, end = (row + 1) * parameter.row;
+    index = parameter.first + row * parameter.row_stride + column;
+  }
+  const int64_t offset = parameter.offset + first, block = parameter.block + b;
+  const int count = (int)std::min<int64_t>(BLOCK, end - first);
   Staged<P> staged_param;
   Staged<G> staged_grad;
   P* const data = (P*)parameter.data;
@@ -128,7 +139,7 @@ Measured<Storage::MAXIMA> update_block(
       } else {
         Rule::update(fresh_param, grad_f32, fresh, s);
         if constexpr (STOCHASTIC_ROUND)
-          fresh_param = round_stochastically(fresh_param, (int32_t)(offset + i), (int32_t)step);
+          fresh_param = round_stochastically(fresh_param, (int32_t)(index + i), (int32_t)step);
       }
       if constexpr (checked) {
         const V used = usable(grad_f32);
@@ -180,7 +191,9 @@ void update_bucket(
   const auto scale = [&](int64_t k) { return GRAD_SCALE ? grad_scale[k] : 1.f; };
   const auto active = [&](int64_t k) { return parameters[k].grad && std::isfinite(scale(k)); };
   const auto blocks = [&](int64_t k) {
-    return active(k) ? (parameters[k].numel + BLOCK - 1) / BLOCK : 0;
+    if (!active(k)) return (int64_t)0;
+    const Parameter& p = parameters[k];
+    return ROWS ? p.numel / p.row * p.row_blocks : (p.numel + BLOCK - 1) / BLOCK;
   };
   for (int64_t k = 0; k < count; k++) step[k] += active(k);
 

@@ -21,7 +21,7 @@ from .plan import Launch, plan, spans
 def lower_step(op: StepOp, a: Arguments) -> None:
     """Lower a step operator: a few launches whatever the number of parameters."""
     device, n = a.params[0].get_device(), len(a.params)
-    launches = _plan(a.params, a.grads, device)
+    launches = _plan(a.params, a.grads, device, geometry=a.options.geometry)
     scalars = len(trace_rule(op.rule).scalar_names)
     scratch = {
         "addresses": empty([n, 2], torch.int64, device),
@@ -49,14 +49,18 @@ def _of_launch(k: int, table: str) -> str:
 
 
 def _plan(
-    params: Sequence[Any], grads: Sequence[Any], device: torch.device, blocks: int = source.TILE
+    params: Sequence[Any],
+    grads: Sequence[Any],
+    device: torch.device,
+    blocks: int = source.TILE,
+    geometry: Sequence[int] | None = None,
 ) -> list[Launch]:
     sizes = [static(p.get_size()) for p in params]
     strides = [
         (static(p.get_stride()), static((p if g is None else g).get_stride())) for p, g in zip(params, grads)
     ]
     return plan(
-        layout(map(math.prod, sizes)),
+        layout(map(math.prod, sizes), geometry),
         sizes,
         strides,
         [_is_aligned(p) and (g is None or _is_aligned(g)) for p, g in zip(params, grads)],

@@ -4,7 +4,9 @@
 the tensors on; an argument that an entry does not have is None. Arguments, for n parameters in the bucket:
 
     addresses   (n, 2) int64, of the parameter and its gradient, which is 0 where there is none
-    rows        (n, 4) int64: elements, first element and first block in the arenas, first program
+    rows        (n, 8) int64: elements, first element and first block in the arenas, first program; and for
+                parts of tensors that several processes hold, as formats/arena.py says: elements and blocks
+                of a row, stride of rows, number of the first element
     owner       (programs,) int32, the parameter of each program
     strides     (n, 2, 2, DIMS) int64: sizes and strides of the parameter and of its gradient
     arenas      tuple of the arenas' rows, then of the constant tables of the formats
@@ -46,16 +48,46 @@ def place_of(i, strides, k, WHICH: tl.constexpr, DIMS: tl.constexpr):
 
 
 @triton.jit
-def elements_of(pid, k, rows, TILE: tl.constexpr, ALIGNED: tl.constexpr, INDEX: tl.constexpr):
+def elements_of(
+    pid, k, rows, TILE: tl.constexpr, ALIGNED: tl.constexpr, INDEX: tl.constexpr, ROWS: tl.constexpr
+):
     """The elements of a program, (TILE, BLOCK), its blocks, (TILE,), and which of both there are."""
-    numel = tl.load(rows + 4 * k).to(INDEX)
-    b = (pid - tl.load(rows + 4 * k + 3)).to(INDEX) * TILE + tl.arange(0, TILE)
-    i = b[:, None] * BLOCK + tl.max_contiguous(tl.arange(0, BLOCK), 8)[None, :]
-    if ALIGNED:
-        inside = i // 8 < numel // 8
+    numel = tl.load(rows + 8 * k).to(INDEX)
+    b = (pid - tl.load(rows + 8 * k + 3)).to(INDEX) * TILE + tl.arange(0, TILE)
+    lane = tl.max_contiguous(tl.arange(0, BLOCK), 8)[None, :]
+    if ROWS:
+        row = tl.load(rows + 8 * k + 4).to(INDEX)
+        row_blocks = tl.load(rows + 8 * k + 5).to(INDEX)
+        column = (b % row_blocks * BLOCK)[:, None] + lane
+        begin = b // row_blocks * row
+        whole = b < numel // row * row_blocks
+        if ALIGNED:
+            begin = tl.multiple_of(begin, 8)
+            inside = column // 8 < row // 8
+        else:
+            inside = column < row
+        i = begin[:, None] + column
+        inside = inside & whole[:, None]
     else:
-        inside = i < numel
-    return i, b, inside, b * BLOCK < numel
+        i = b[:, None] * BLOCK + lane
+        whole = b * BLOCK < numel
+        if ALIGNED:
+            inside = i // 8 < numel // 8
+        else:
+            inside = i < numel
+    return i, b, inside, whole
+
+
+@triton.jit
+def index_of(i, k, rows, ROWS: tl.constexpr):
+    """The number of the elements `i` in the whole tensor, in its low 32 bits."""
+    first = tl.load(rows + 8 * k + 7)
+    if ROWS:
+        row = tl.load(rows + 8 * k + 4)
+        index = first + i // row * tl.load(rows + 8 * k + 6) + i % row
+    else:
+        index = first + i
+    return index.to(tl.int32)
 
 
 @triton.jit
@@ -115,6 +147,7 @@ def update_program(
     MAX_UNORM: tl.constexpr,
     SKIP_ZEROS: tl.constexpr,
     BLOCK_WISE: tl.constexpr,
+    ROWS: tl.constexpr,
     MAXIMA: tl.constexpr,
     load_scalars,
     load_states,
@@ -125,9 +158,9 @@ def update_program(
 ):
     """Update the elements of this program, which are of parameter `k`, and its states."""
     pid = tl.program_id(0)
-    i, b, inside, whole = elements_of(pid, k, rows, TILE, ALIGNED, INDEX)
-    offset = tl.multiple_of(tl.load(rows + 4 * k + 1), 16)
-    block = tl.load(rows + 4 * k + 2)
+    i, b, inside, whole = elements_of(pid, k, rows, TILE, ALIGNED, INDEX, ROWS)
+    offset = tl.multiple_of(tl.load(rows + 8 * k + 1), 16)
+    block = tl.load(rows + 8 * k + 2)
     s = load_scalars(scalars, k)
     grad, used = load_grad(
         grad_address, place_of(i, strides, k, 1, DIMS), inside, scale, GRAD, ALIGNED, SKIP_ZEROS
@@ -144,7 +177,7 @@ def update_program(
     param, fresh = update(old_param, grad, old, s, ratio)
     if round_bits is not None:
         bits = param.to(tl.int32, bitcast=True)
-        bits = round_bits(bits, (offset + i).to(tl.int32), tl.load(step + k).to(tl.int32))[0]
+        bits = round_bits(bits, index_of(i, k, rows, ROWS), tl.load(step + k).to(tl.int32))[0]
         param = bits.to(tl.float32, bitcast=True)
     param = tl.where(used, param, old_param)
     fresh = keep(used, fresh, old)
@@ -179,6 +212,7 @@ def measure_program(
     DIMS: tl.constexpr,
     INDEX: tl.constexpr,
     SKIP_ZEROS: tl.constexpr,
+    ROWS: tl.constexpr,
     MAXIMA: tl.constexpr,
     load_scalars,
     load_states,
@@ -188,9 +222,9 @@ def measure_program(
 ):
     """Find out what a step must know of whole parameters; FIRST is the launch's row."""
     pid = tl.program_id(0)
-    i, b, inside, whole = elements_of(pid, k, rows, TILE, ALIGNED, INDEX)
-    offset = tl.multiple_of(tl.load(rows + 4 * k + 1), 16)
-    block = tl.load(rows + 4 * k + 2)
+    i, b, inside, whole = elements_of(pid, k, rows, TILE, ALIGNED, INDEX, ROWS)
+    offset = tl.multiple_of(tl.load(rows + 8 * k + 1), 16)
+    block = tl.load(rows + 8 * k + 2)
     s = load_scalars(scalars, k)
     grad, used = load_grad(
         grad_address, place_of(i, strides, k, 1, DIMS), inside, scale, GRAD, ALIGNED, SKIP_ZEROS
@@ -304,8 +338,8 @@ def sums_program(
     pid = tl.program_id(0)
     k = tl.load(owner + pid).to(tl.int64)
     pointer = tl.load(addresses + 2 * k).to(tl.pointer_type(DTYPE))
-    numel = tl.load(rows + 4 * k).to(INDEX)
-    first = (pid - tl.load(rows + 4 * k + 3)).to(INDEX) * ELEMENTS
+    numel = tl.load(rows + 8 * k).to(INDEX)
+    first = (pid - tl.load(rows + 8 * k + 3)).to(INDEX) * ELEMENTS
     i = first + tl.max_contiguous(tl.arange(0, ELEMENTS), 8)
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...formats import layout
 from ...ops.operator import Arguments, Modes, StepOp
 from ...rules.trace import trace_rule
 from .._inductor import PyCodeCache
@@ -43,7 +42,7 @@ class Launcher(AbstractLauncher):
     def __init__(self, op: StepOp, a: Arguments) -> None:
         super().__init__(op, a)
         n, self.device = len(a.params), a.step.device
-        self.places = layout(param.numel() for param in a.params)
+        self.places = a.places()
         self.addresses = torch.zeros(n, 2, dtype=torch.int64, device=self.device)
         scalars = len(trace_rule(op.rule).scalar_names)
         self.tensors |= {

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...formats import BLOCK, Layout
+from ...formats import Layout
 from ..node import describe_strides
 from .source import TILE, Variant
 
@@ -17,7 +17,7 @@ class Launch(NamedTuple):
     """One launch of a step kernel: what it is specialised for, and its tables as CPU tensors."""
 
     variant: Variant
-    rows: Tensor  # (n, 4) int64
+    rows: Tensor  # (n, 8) int64
     owner: Tensor  # (programs,) int32
     strides: Tensor | None  # (n, 2, 2, dims) int64
 
@@ -57,7 +57,7 @@ def plan(
         tuple(describe_strides(size, stride) for stride in pair) for size, pair in zip(sizes, strides)
     ]
     regular = [
-        aligned[k] and slot.numel % 8 == 0 and described[k] == (None, None)
+        aligned[k] and slot.numel % 8 == slot.row % 8 == 0 and described[k] == (None, None)
         for k, slot in enumerate(places.slots)
     ]
     launches = []
@@ -65,9 +65,10 @@ def plan(
         rows: list[tuple[int, ...]] = []
         owner: list[int] = []
         for k, slot in enumerate(places.slots):
-            rows.append((slot.numel, slot.offset, slot.block, len(owner)))
+            of_row = slot.row, slot.row_blocks, slot.stride, slot.first
+            rows.append((slot.numel, slot.offset, slot.block, len(owner), *of_row))
             if included[k] and regular[k] == vectors:
-                owner += [k] * -(-slot.numel // (blocks * BLOCK))
+                owner += [k] * -(-slot.blocks // blocks)
         if not owner:
             continue
         members = set(owner)

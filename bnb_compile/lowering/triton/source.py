@@ -187,6 +187,7 @@ def _step_entry(
         TILE=TILE,
         **variant.constants,
         SKIP_ZEROS=modes.skip_zeros,
+        ROWS=modes.rows,
         MAXIMA=op.maxima,
         load_scalars="load_scalars",
         load_states="load_states",
