@@ -32,7 +32,9 @@ class _Part(nn.Module):
 
     def __init__(self, bucket: Bucket, group_of: Sequence[int], own: Sequence[Sequence[bool]]) -> None:
         super().__init__()
-        self.op, self.modes = bucket.op, bucket.kind.modes
+        if bucket.kind.sharding is not None:
+            raise ValueError("a step of DTensors cannot be exported: a process has only a part of them")
+        self.op, self.modes, self.geometry = bucket.op, bucket.kind.modes, bucket.geometry
         for arena, x in zip(bucket.op.arenas, bucket.arenas):
             self.register_buffer(arena.name, x)
         for name in ("step", "gnorm", "percentile", "max_unorm", "unorm"):
@@ -60,7 +62,12 @@ class _Part(nn.Module):
             skip_zeros=self.modes.skip_zeros,
             block_wise=self.modes.block_wise,
             stochastic_round=self.modes.stochastic_round,
+            geometry=self.geometry,
         )
+
+    def whole(self, squares: Tensor) -> Tensor:
+        """See `Clipped`."""
+        return squares
 
 
 class OptimizerStep(nn.Module):

@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import backends
 from ..rules import State
 from . import codebook
-from .arena import BLOCK, Part
+from .arena import BLOCK, Part, layout
 from .format import AbstractFormat, Stored, block_maxima, check_dense, check_finite, spread
 from .table import AbstractTable
 
@@ -158,20 +158,28 @@ class Dynamic8(AbstractFormat):
             f"absmax{number}": absmax,
         }
 
-    def parts_of(self, saved: Mapping[str, Any], number: int, numel: int) -> dict[str, Tensor] | None:
+    def parts_of(
+        self, saved: Mapping[str, Any], number: int, numel: int, row: int = 0
+    ) -> dict[str, Tensor] | None:
         """See `AbstractFormat`."""
         found = _blockwise(saved, number, numel, self.signed)
         if found is None or found.block != BLOCK or found.signed != self.signed:
             return None
+        # Where rows are whole blocks it does not matter that they are rows.
+        if found.row != row and (found.row % BLOCK or row % BLOCK):
+            return None
         return {"codes": found.codes, "absmax": found.absmax}
 
     def decode_saved(self, saved: Mapping[str, Any], number: int, numel: int) -> list[Tensor] | None:
-        """See `AbstractFormat`; reads either map, and blocks of 2048 elements."""
+        """See `AbstractFormat`; reads either map, blocks of 2048 elements, and blocks that end with rows."""
         found = _blockwise(saved, number, numel, self.signed)
         if found is None:
             return None
         values = dynamic_map(found.signed, found.codes.device).values
-        return [dequantize(found.codes, found.absmax, values, found.block)]
+        if not found.row:
+            return [dequantize(found.codes, found.absmax, values, found.block)]
+        (slot,) = layout([numel], (found.row, 0, 0)).slots
+        return [slot.unpadded(dequantize(slot.padded(found.codes), found.absmax, values, BLOCK))]
 
 
 class _Blockwise(NamedTuple):
@@ -179,6 +187,7 @@ class _Blockwise(NamedTuple):
     absmax: Tensor
     signed: bool
     block: int
+    row: int  # elements, if blocks end with rows; 0 if not
 
 
 def _blockwise(saved: Mapping[str, Any], number: int, numel: int, expected: bool) -> _Blockwise | None:
@@ -201,7 +210,16 @@ def _blockwise(saved: Mapping[str, Any], number: int, numel: int, expected: bool
         name = f"max{number}"
         absmax = check_dense(name, saved[name])
         absmax = absmax.expand(-(-numel // BLOCK)) if absmax.numel() == 1 else absmax
-    if absmax.dim() != 1 or len(absmax) not in counts:
+    row, block = 0, 0
+    if absmax.dim() == 2:
+        rows, row_blocks = absmax.shape
+        row = numel // rows if rows else 1
+        if rows * row != numel or -(-row // BLOCK) != row_blocks:
+            raise ValueError(
+                f"{name} has shape {tuple(absmax.shape)}: {numel} elements have no such rows of blocks"
+            )
+        absmax, block = absmax.reshape(-1), BLOCK
+    elif absmax.dim() != 1 or len(absmax) not in counts:
         raise ValueError(
             f"{name} has shape {tuple(absmax.shape)}, must be a scale for each of "
             f"{' or '.join(f'{count} blocks of {size}' for count, size in counts.items())}"
@@ -212,7 +230,7 @@ def _blockwise(saved: Mapping[str, Any], number: int, numel: int, expected: bool
         if bool((absmax < 0).any()):
             raise ValueError(f"{name} has negative scales, the least is {absmax.min().item()}")
         signed = _which_map(qmap, f"qmap{number}")
-    return _Blockwise(codes.reshape(-1), absmax, signed, counts[len(absmax)])
+    return _Blockwise(codes.reshape(-1), absmax, signed, block or counts[len(absmax)], row)
 
 
 def _which_map(qmap: Tensor, name: str) -> bool:

@@ -36,7 +36,9 @@ class Elements(AbstractFormat):
         """See `AbstractFormat`."""
         return {f"state{number}": parts["values"].view(shape)}
 
-    def parts_of(self, saved: Mapping[str, Any], number: int, numel: int) -> dict[str, Tensor] | None:
+    def parts_of(
+        self, saved: Mapping[str, Any], number: int, numel: int, row: int = 0
+    ) -> dict[str, Tensor] | None:
         """See `AbstractFormat`."""
         name = f"state{number}"
         values = check_dense(name, saved.get(name))

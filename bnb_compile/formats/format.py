@@ -97,17 +97,18 @@ class AbstractFormat:
         (numel,) = numbers[0].shape
         return list(self.decode(numbers, [spread(parts[part.name], numel, BLOCK) for part in self.of_blocks]))
 
-    def store(self, states: Sequence[Tensor], block: int = BLOCK) -> dict[str, Tensor]:
+    def store(self, states: Sequence[Tensor], maxima: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
         """The reverse of `load`; the only encoder, apart from the kernels that are printed from it.
 
         Args:
             states: ``(numel,)`` float32 each.
-            block: Elements that share what blocks share; more than BLOCK only for a whole parameter.
+            maxima: ``(1,)`` each, of a whole parameter, if all its blocks share what blocks share.
         """
         (numel,) = states[0].shape
-        shared = self.share([block_maxima(x, block) for x in self.magnitudes(states)])
-        numbers = self.encode(states, [spread(x, numel, block) for x in shared])
-        of_blocks = [x.repeat_interleave(max(block // BLOCK, 1))[: -(-numel // BLOCK)] for x in shared]
+        if maxima is None:
+            maxima = [block_maxima(x, BLOCK) for x in self.magnitudes(states)]
+        of_blocks = [x.expand(-(-numel // BLOCK)) for x in self.share(maxima)]
+        numbers = self.encode(states, [spread(x, numel, BLOCK) for x in of_blocks])
         entries = [self._entries(part, x) for part, x in zip(self.of_elements, numbers)]
         names = (part.name for part in (*self.of_elements, *self.of_blocks))
         return dict(zip(names, (*entries, *of_blocks)))
@@ -130,8 +131,16 @@ class AbstractFormat:
         """
         raise NotImplementedError
 
-    def parts_of(self, saved: Mapping[str, Any], number: int, numel: int) -> dict[str, Tensor] | None:
+    def parts_of(
+        self, saved: Mapping[str, Any], number: int, numel: int, row: int = 0
+    ) -> dict[str, Tensor] | None:
         """The reverse of `entries`: None if `saved` has another format.
+
+        Args:
+            saved: The entries.
+            number: As of `entries`.
+            numel: Of the parameter.
+            row: Elements of a row, if blocks end where rows end.
 
         Raises:
             ValueError: If an entry is damaged.

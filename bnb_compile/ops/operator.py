@@ -33,11 +33,17 @@ class Modes(NamedTuple):
     block_wise: bool = True
     stochastic_round: bool = False
     rows: bool = False
+    totals: bool = False
+
+    @property
+    def needs_totals(self) -> bool:
+        """Whether something must be known of all elements of a parameter before one is updated."""
+        return self.max_unorm or not self.block_wise
 
     @property
     def two_phases(self) -> bool:
-        """Whether something must be known of all elements of a parameter before one is updated."""
-        return self.max_unorm or not self.block_wise
+        """Whether the step must find that out itself."""
+        return self.needs_totals and not self.totals
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ class Options:
             all blocks of a parameter have the same.
         stochastic_round: Whether bfloat16 parameters are rounded up or down stochastically, see
             rules/rounding.py.
+        totals: (n, 2 + maxima) float64, for parameters that are parts of tensors: what the measure operator
+            returned, added up over the parts. None to measure the parameters.
         geometry: Three ints for each parameter, its `formats.Geometry`; None if they are whole tensors.
     """
 
@@ -67,11 +75,12 @@ class Options:
     skip_zeros: bool = False
     block_wise: bool = True
     stochastic_round: bool = False
+    totals: Any = _of_params(torch.float64)
     geometry: Sequence[int] | None = None
 
     @staticmethod
     def dtypes() -> dict[str, torch.dtype]:
-        """The options that are tensors, (n,) each for n parameters."""
+        """The options that are tensors, with an entry or a row for each parameter."""
         fields = dataclasses.fields(Options)
         return {field.name: field.metadata["dtype"] for field in fields if field.metadata}
 
@@ -199,6 +208,11 @@ class StepOp:
             (span.stop - span.start) * arena.rows * arena.part.dtype.itemsize for span, arena in of_row
         )
         return total / max(numel, 1)
+
+    @property
+    def measure(self) -> torch._ops.OpOverload:
+        """The operator that finds out what a step must know of whole parameters."""
+        return getattr(torch.ops.bnb_compile, f"{self.name}_measure").default
 
     @property
     def in_place(self) -> torch._ops.OpOverload:

@@ -14,6 +14,9 @@ with n parameters, and
     step        (n,) int64, steps taken so far; incremented first
     hyper       (n, h) float64, a row of the rule's hyperparameters for each parameter
 
+A third operator, such as adam_step_dynamic8_measure, takes the arguments of the functional one and returns
+what a step must know of whole parameters: (n, 2 + maxima) float64, see `measure`.
+
 and by keyword the `Options` of operator.py. `step_op` makes them when they are first asked for.
 
 `hyper` and `step` are tensors so that neither a schedule nor the count ever recompiles or synchronises;
@@ -27,7 +30,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +77,7 @@ def _mistakes(op: StepOp, a: Arguments) -> Iterator[str]:
     places = a.places()
     shapes = {arena.name: shape for arena, shape in zip(op.arenas, op.shapes(places))}
     shapes["hyper"] = (n, len(op.rule.hyper._fields))
+    shapes["totals"] = (n, 2 + op.maxima)
     dtypes = kernel_arguments(op, a.options.modes)
     for name, x in a.tensors(op).items():
         dtype, shape = dtypes[name], shapes.get(name, (n,))
@@ -114,18 +118,28 @@ def _padded(parts: dict[str, Tensor], part: Part, slot: Slot) -> Tensor:
 
 
 def _store(
-    op: StepOp, a: Arguments, slot: Slot, states: Sequence[Tensor], active: Tensor, usable: Tensor
+    op: StepOp,
+    a: Arguments,
+    slot: Slot,
+    states: Sequence[Tensor],
+    active: Tensor,
+    usable: Tensor,
+    maxima: Tensor | None,
 ) -> None:
     """Replace a parameter's states, if it is active."""
-    block = BLOCK if a.options.block_wise else max(slot.blocks, 1) * BLOCK
     touched = active.expand(slot.blocks)
     if a.options.skip_zeros and a.options.block_wise:
         # Encoding a block anew may change it, so one without any gradient is left alone.
         in_rows = slot.padded(usable)
         padded = torch.nn.functional.pad(in_rows, (0, slot.blocks * BLOCK - in_rows.numel()))
         touched = touched & padded.view(-1, BLOCK).any(1)
+    first = 0
     for stored in op.stored:
-        fresh = stored.format.store([slot.padded(states[k]) for k in stored.states], block)
+        of_format = None
+        if maxima is not None and not a.options.block_wise:
+            of_format = list(maxima[first : first + stored.format.maxima, None])
+        first += stored.format.maxima
+        fresh = stored.format.store([slot.padded(states[k]) for k in stored.states], of_format)
         views = parts_of(op, a.arenas, stored, slot)
         for part in stored.format.parts:
             where, entries = touched, fresh[part.name]
@@ -135,43 +149,87 @@ def _store(
             views[part.name].copy_(torch.where(where, entries, views[part.name]))
 
 
-def _update(op: StepOp, a: Arguments) -> None:
-    """The reference: one parameter after another, in plain torch."""
-    backends.counts["operator"] += 1
-    options = a.options
+class _Element(NamedTuple):
+    """What the update of a parameter's elements is computed from."""
+
+    param: Tensor  # (numel,) float32, as the others
+    grad: Tensor
+    states: list[Tensor]
+    usable: Tensor
+    active: Tensor  # (): whether the parameter is updated at all
+    scalars: Any  # float64
+
+
+def _elements(op: StepOp, a: Arguments, k: int, slot: Slot, steps: Tensor) -> _Element:
+    grad_scale = a.options.grad_scale
+    scale = a.hyper.new_ones((), dtype=torch.float32) if grad_scale is None else grad_scale[k]
+    grad = a.grads[k].reshape(-1).float() * scale
+    usable = grad.abs() < GRAD_LIMIT
+    if a.options.skip_zeros:
+        usable &= grad != 0
+    scalars = op.rule.scalars(op.rule.hyper(*a.hyper[k]), steps.double())
+    param = a.params[k].reshape(-1).float()
+    return _Element(param, grad, _load(op, a.arenas, slot), usable, scale.isfinite(), scalars)
+
+
+def _as_float32(scalars: Any) -> Any:
+    return scalars._make(x.float() for x in scalars)
+
+
+def measure(op: StepOp, a: Arguments) -> Tensor:
+    """What a step must know of whole parameters before it updates one.
+
+    Returns:
+        Tensor: ``(n, 2 + op.maxima)`` float64: sums of the squares of the direction and of the parameter, and
+        the largest of the formats' magnitudes. Zeros for a parameter without a gradient.
+    """
+    rows = []
     for k, slot in enumerate(a.places().slots):
-        param, grad = a.params[k], a.grads[k]
-        if grad is None:
+        row = a.hyper.new_zeros(2 + op.maxima)
+        if a.grads[k] is not None:
+            scale = None if a.options.grad_scale is None else a.options.grad_scale[k].isfinite()
+            e = _elements(op, a, k, slot, a.step[k] + (1 if scale is None else scale))
+            moved, *fresh = op.rule.direction(e.param, e.grad, *e.states, _as_float32(e.scalars))
+            kept = [torch.where(e.usable, new, old) for new, old in zip(fresh, e.states)]
+            found = [_squares(torch.where(e.usable, moved, 0.0)), _squares(e.param)]
+            for stored in op.stored:
+                magnitudes = stored.format.magnitudes([kept[state] for state in stored.states])
+                found += [torch.cat([x, x.new_zeros(1)]).amax().double() for x in magnitudes]
+            row = torch.stack(found)
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def update(op: StepOp, a: Arguments) -> None:
+    """The reference: one parameter after another, in plain torch."""
+    options = a.options
+    totals = measure(op, a) if op.modes(options).two_phases else options.totals
+    for k, slot in enumerate(a.places().slots):
+        if a.grads[k] is None:
             continue
-        scale = a.hyper.new_ones((), dtype=torch.float32)
+        active = torch.ones((), dtype=torch.bool, device=a.step.device)
         if options.grad_scale is not None:
-            scale = options.grad_scale[k]
-        active = scale.isfinite()
+            active = options.grad_scale[k].isfinite()
         a.step[k] += active
-        scalars = op.rule.scalars(op.rule.hyper(*a.hyper[k]), a.step[k].double())
-        s = scalars._make(x.float() for x in scalars)
-        old = [param.reshape(-1).float(), *_load(op, a.arenas, slot)]
-        grad_f32 = grad.reshape(-1).float() * scale
-        usable = grad_f32.abs() < GRAD_LIMIT
-        if options.skip_zeros:
-            usable &= grad_f32 != 0
+        e = _elements(op, a, k, slot, a.step[k])
+        scalars, s = e.scalars, _as_float32(e.scalars)
         if options.max_unorm is not None:
-            direction, *_ = op.rule.direction(old[0], grad_f32, *old[1:], s)
-            update_norm = scalars.unit * _norm(torch.where(usable, direction, 0.0))
+            update_norm = scalars.unit * totals[k, 0].sqrt()
             options.unorm[k] = torch.where(active, update_norm.square().float(), options.unorm[k])
-            ratio = trust_ratio(options.max_unorm[k].double(), _norm(old[0]), update_norm)
+            ratio = trust_ratio(options.max_unorm[k].double(), totals[k, 1].sqrt(), update_norm)
             s = s._replace(step_size=(scalars.step_size * ratio).float())
-        new = list(op.rule.update(old[0], grad_f32, *old[1:], s))
+        new = list(op.rule.update(e.param, e.grad, *e.states, s))
         if options.stochastic_round:
-            index = slot.indices(param.device).int()
+            index = slot.indices(e.param.device).int()
             new[0] = round_bits(new[0].view(torch.int32), index, a.step[k].int()).view(torch.float32)
-        param_f32, *states = (torch.where(usable, n, o) for n, o in zip(new, old))
-        param.copy_(param_f32.view(param.shape))
-        _store(op, a, slot, states, active, usable)
+        param, *states = (torch.where(e.usable, n, o) for n, o in zip(new, (e.param, *e.states)))
+        a.params[k].copy_(param.view(a.params[k].shape))
+        maxima = None if totals is None else totals[k, 2:].float()
+        _store(op, a, slot, states, active, e.usable, maxima)
 
 
-def _norm(x: Tensor) -> Tensor:
-    return x.double().square().sum().sqrt()
+def _squares(x: Tensor) -> Tensor:
+    return x.double().square().sum()
 
 
 @functools.cache
@@ -210,7 +268,8 @@ def _register(op: StepOp) -> None:
     def in_place(*args: Any, **options: Any) -> None:
         a = Arguments.of(args, options)
         _check(op, a)
-        _update(op, a)
+        backends.counts["operator"] += 1
+        update(op, a)
 
     def in_place_fake(*args: Any, **options: Any) -> None:
         _check(op, Arguments.of(args, options))
@@ -226,6 +285,16 @@ def _register(op: StepOp) -> None:
         a = Arguments.of(args, with_scratch(options))
         _check(op, a)
         return [torch.empty_like(x) for x in a.params], *map(torch.empty_like, (*a.arenas, a.step))
+
+    def measured(*args: Any, **options: Any) -> Tensor:
+        a = Arguments.of(args, with_scratch(options))
+        _check(op, a)
+        return measure(op, a)
+
+    def measured_fake(*args: Any, **options: Any) -> Tensor:
+        a = Arguments.of(args, with_scratch(options))
+        _check(op, a)
+        return a.hyper.new_empty(len(a.params), 2 + op.maxima)
 
     written = [*(arena.name for arena in op.arenas), "step"]
     mutated = ", ".join(f"Tensor({chr(ord('b') + k)}!) {name}" for k, name in enumerate(written))
@@ -243,5 +312,12 @@ def _register(op: StepOp) -> None:
         f"{Options.schema(mutable=False)}) -> ({results})",
         functional,
         functional_fake,
+        op,
+    )
+    define(
+        f"{op.name}_measure(Tensor[] params, Tensor?[] grads, {tensors}, Tensor hyper, *, "
+        f"{Options.schema(mutable=False)}) -> Tensor",
+        measured,
+        measured_fake,
         op,
     )

@@ -15,6 +15,7 @@ Dynamo evaluates `Changes.look` as a guard and compiles again when its answer is
 | a parameter's address               | data; guard where parameters begin to overlap                        |
 | a parameter's dtype, device, shape  | guard: its state moves along; with another shape it begins anew      |
 | a parameter that overlaps itself    | raises, as a wrapper subclass does                                   |
+| a DTensor's mesh and placements    | guard, as its local tensor; a gradient that is placed otherwise moves |
 | requires_grad                       | guard until a parameter has a state; then its gradient counts        |
 | the parameters of a group           | guard                                                                |
 | the list of groups                  | guard; a parameter in no group keeps its state and is not updated    |
@@ -53,6 +54,7 @@ from ..ops.step import step_op
 from ..state import paging
 from ..state.bucket import Bucket, Kind
 from ..state.memory import check_parameter, waves
+from ..state.sharding import ends_with_rows, geometry_of, has_blocks, local, sharding_of
 from ..state.structure import Structure, Wanted
 from ..state.watched import States
 from .base import AbstractOptimizer
@@ -97,6 +99,7 @@ class Changes(OpaqueBase):
         self._members: list[Tensor] = []  # what has a place, with those that are in no group now
         self._specs: list[Any] = []
         self._addresses: Any = None
+        self._sharded = False  # whether some parameter is a DTensor
         self._waiting: list[Tensor] = []  # parameters of groups that had no gradient to wait for
 
     def __deepcopy__(self, memo: Any) -> Changes:
@@ -176,10 +179,13 @@ class Changes(OpaqueBase):
             return "a parameter has another shape, dtype or device"
         if any(param.requires_grad or param.grad is not None for param in self._waiting):
             return "a parameter without a state has a gradient, or requires one"
-        if not backends.replaces_tensors() and (addresses := _addresses(self._placed)) != self._addresses:
+        if self._sharded:
+            for bucket in structure.buckets:
+                bucket.refresh()
+        if not backends.replaces_tensors() and (addresses := self._look_at_addresses()) != self._addresses:
             for param in self._placed:
                 check_parameter(param)
-            if waves(self._placed) != [
+            if _waves(self._placed) != [
                 structure.places[id(param)].bucket.kind.wave for param in self._placed
             ]:
                 return "parameters overlap"
@@ -194,6 +200,9 @@ class Changes(OpaqueBase):
                     return "a hyperparameter is another tensor"
         optimizer.bring_max_grad_norm()
         return None
+
+    def _look_at_addresses(self) -> Any:
+        return _addresses(list(map(local, self._placed)) if self._sharded else self._placed)
 
     def _facts(self) -> Any:
         """What decides about buckets, but for the parameters themselves and their gradients."""
@@ -255,7 +264,8 @@ class Changes(OpaqueBase):
         self._placed = [w.param for w in wanted]
         self._members = [param for bucket in structure.buckets for param in bucket.params]
         self._specs = list(map(_SPECS, self._members))
-        self._addresses = None if backends.replaces_tensors() else _addresses(self._placed)
+        self._sharded = any(bucket.kind.sharding is not None for bucket in structure.buckets)
+        self._addresses = None if backends.replaces_tensors() else self._look_at_addresses()
         self._waiting = [
             param for param in params_of(optimizer.param_groups) if id(param) not in structure.places
         ]
@@ -308,7 +318,7 @@ class Changes(OpaqueBase):
         """What bucket a parameter is for."""
         optimizer = self.optimizer
         rule = optimizer.family.rule(config)
-        op = step_op(rule, format_of(config, param.numel()))
+        op = step_op(rule, format_of(config, param.numel(), has_blocks(param)))
         clipped = config["percentile_clipping"] < 100
         modes = Modes(
             grad_scale=clipped or optimizer.max_grad_norm is not None or optimizer._step_supports_amp_scaling,
@@ -316,9 +326,12 @@ class Changes(OpaqueBase):
             skip_zeros=config["skip_zeros"],
             block_wise=config["block_wise"] or not op.shared_in_blocks,
             stochastic_round=optimizer.bf16_stochastic_round and param.dtype == torch.bfloat16,
+            rows=ends_with_rows(param),
         )
+        of = sharding_of(param)
+        modes = modes._replace(totals=of is not None and modes.needs_totals)
         paged = optimizer.is_paged and param.numel() >= PAGED_SIZE and paging.available(param.device)
-        return Kind(param.device, param.dtype, op, modes, clipped, paged)
+        return Kind(param.device, param.dtype, op, modes, clipped, paged, of)
 
     def _survey(self) -> Iterator[Wanted]:
         """What is wanted of each parameter that a step may update."""
@@ -332,9 +345,11 @@ class Changes(OpaqueBase):
                     check_parameter(param)
                     of_group.append((group, param))
         of_wave = _waves([param for _, param in of_group])
+        numbers = {id(param): k for k, param in enumerate(params_of(optimizer.param_groups))}
         for (group, param), wave in zip(of_group, of_wave):
             config = self.config(group, param)
             kind = self.kind(config, param)._replace(wave=wave)
+            placed = kind.sharding is not None or kind.modes.stochastic_round
             found[id(param)] = Wanted(
                 param,
                 kind,
@@ -342,6 +357,7 @@ class Changes(OpaqueBase):
                 tuple(map(float, family.initial(config))),
                 float(config["max_unorm"]),
                 config["percentile_clipping"],
+                geometry_of(param, numbers[id(param)]) if placed else None,
             )
         yield from found.values()
 
@@ -396,13 +412,13 @@ def _addresses(params: list[Tensor]) -> Any:
 
 
 def _waves(params: list[Tensor]) -> list[int]:
-    return [0] * len(params) if backends.replaces_tensors() else waves(params)
+    return [0] * len(params) if backends.replaces_tensors() else waves(list(map(local, params)))
 
 
 def _refuse_views(params: list[Tensor]) -> None:
     storages: set[int] = set()
     for param in params:
-        storage = param.untyped_storage()
+        storage = local(param).untyped_storage()
         if storage.nbytes() and storage.data_ptr() in storages:
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} is a part of a tensor of which another parameter "

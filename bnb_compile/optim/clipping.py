@@ -100,6 +100,9 @@ class Clipped(Protocol):
     def percentile(self) -> Tensor | None:
         """See `percentile_factor`."""
 
+    def whole(self, squares: Tensor) -> Tensor:
+        """Squared norms of whole gradients, (n,), from those of what this process holds."""
+
 
 def gradient_factors(
     buckets: Sequence[Clipped],
@@ -118,23 +121,25 @@ def gradient_factors(
     Returns:
         list[Tensor | None]: (n,) float32 for each bucket; None is 1.
     """
-    norms = [
-        None if max_norm is None and bucket.gnorm is None else gradient_norms(of_bucket, bucket.step.device)
+    squared = [
+        None
+        if max_norm is None and bucket.gnorm is None
+        else bucket.whole(gradient_norms(of_bucket, bucket.step.device).square())
         for bucket, of_bucket in zip(buckets, grads)
     ]
     if max_norm is not None and buckets:
         device = buckets[0].step.device
-        total = torch.stack([n.square().sum().to(device) for n in norms if n is not None]).sum().sqrt()
+        total = torch.stack([x.sum().to(device) for x in squared if x is not None]).sum().sqrt()
         if factor is not None:
             factor = factor.to(device)
             total = total * factor.abs()
         clip = norm_factor(total, max_norm.to(device))
         factor = clip if factor is None else factor * clip
     factors: list[Tensor | None] = []
-    for bucket, of_bucket, of_norms in zip(buckets, grads, norms):
+    for bucket, of_bucket, squares in zip(buckets, grads, squared):
         own = None if factor is None else factor.to(bucket.step.device).expand(len(of_bucket)).contiguous()
-        if bucket.gnorm is not None and bucket.percentile is not None and of_norms is not None:
-            squares = (of_norms if own is None else of_norms * own).square()
+        if bucket.gnorm is not None and bucket.percentile is not None and squares is not None:
+            squares = squares if own is None else squares * own.square()
             present = present_mask(of_bucket, bucket.step.device)
             clip = percentile_factor(bucket.gnorm, squares, present, bucket.step, bucket.percentile)
             own = clip if own is None else own * clip

@@ -184,7 +184,7 @@ class Optimizer8bit(AbstractOptimizer):
                 result = closure()
         self._changes.prepare()
         structure = self.structure
-        grads = [collect(bucket.params, bucket.specs, bucket.idle) for bucket in structure.buckets]
+        grads = [collect(b.params, b.specs, b.idle, b.kind.sharding) for b in structure.buckets]
         for view, given in structure.links:
             view.copy_(given)
         tensors = [of_bucket.tensors for of_bucket in grads]

@@ -114,7 +114,14 @@ def read_args(args: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return check_args({**ARGS, **given})
 
 
-def format_of(config: Mapping[str, Any], numel: int) -> str:
-    """Name of the format that the states of a parameter have, from checked options."""
+def format_of(config: Mapping[str, Any], numel: int, has_blocks: bool = True) -> str:
+    """Name of the format that the states of a parameter have, from checked options.
+
+    Args:
+        config: The options.
+        numel: Of the parameter.
+        has_blocks: Whether blocks of it can share something.
+    """
     name = config["states"] or {8: "dynamic8", 32: "float32"}[config["optim_bits"]]
-    return "float32" if bits_of(name) <= 8 and numel < config["min_8bit_size"] else name
+    few = numel < config["min_8bit_size"] or not has_blocks
+    return "float32" if bits_of(name) <= 8 and few else name

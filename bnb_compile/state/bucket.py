@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..formats import BLOCK, Stored, layout
+from ..formats import Geometry, Part, Slot, Stored, layout
 from ..ops.operator import Arguments, Modes, Options, StepOp
 from ..ops.step import parts_of
 from . import paging
-from .checkpoint import RING, Numbers, SavedState
+from .checkpoint import RING, Numbers, SavedState, encode
 from .gradients import Gradients
 from .hyper import HyperTable
+from .sharding import Sharding, local
 from .watched import Entry, Listener
 
 
@@ -29,6 +30,7 @@ class Kind(NamedTuple):
         modes: What its kernel is compiled for.
         clipped: Whether their gradients are clipped to a percentile of earlier norms.
         paged: Whether their states are in managed memory.
+        sharding: How several processes hold them together; None for ordinary tensors.
         wave: Parameters that overlap in memory are in different waves, which are updated one after another.
     """
 
@@ -38,6 +40,7 @@ class Kind(NamedTuple):
     modes: Modes
     clipped: bool
     paged: bool
+    sharding: Sharding | None = None
     wave: int = 0
 
 
@@ -53,8 +56,10 @@ class Bucket:
         numbers: How the rule's states are numbered in the keys of ``optimizer.state``.
         listener: Hears of writes to the entries.
         names: What some keys are called instead.
+        geometry: Of each parameter; None if they are whole tensors.
 
     Attributes:
+        local: What this process holds of the parameters: of ordinary tensors they themselves.
         arenas: See `StepOp.arenas`.
         step: (n,) int64, steps taken.
         hyper: The hyperparameters.
@@ -75,13 +80,17 @@ class Bucket:
         numbers: Numbers,
         listener: Listener,
         names: Mapping[str, str] | None = None,
+        geometry: Sequence[Geometry] | None = None,
     ) -> None:
         self.kind, self.op, self.params = kind, kind.op, params
-        #: What the gradients must be like.
-        self.specs = [(param.shape, kind.device, torch.strided) for param in params]
+        self.local = params if kind.sharding is None else [local(param) for param in params]
+        #: What the parameters are like, and what of their gradients this process must have.
+        self.shapes = [param.shape for param in params]
+        self.specs = [(param.shape, kind.device, torch.strided) for param in self.local]
+        self.geometry = None if geometry is None else [x for of_param in geometry for x in of_param]
         self.device, self.overload = kind.device, kind.op.in_place
         self.numbers, self._names = numbers, names or {}
-        places = layout(param.numel() for param in params)
+        places = layout((param.numel() for param in self.local), self.geometry)
         self.slots = places.slots
         n = len(params)
 
@@ -101,6 +110,8 @@ class Bucket:
         self.percentile = zeros(n, dtype=torch.int64) if kind.clipped else None
         self.gnorm = zeros(n, RING) if kind.clipped else None
         self.grad_scale = torch.ones(n, device=self.device) if kind.modes.grad_scale else None
+        #: See `Options`: what a step must know of the parts that other processes hold.
+        self.totals = zeros(n, 2 + self.op.maxima, dtype=torch.float64) if kind.modes.totals else None
         self.idle: frozenset[int] = frozenset()
         self._launcher: Any = None
         self.entries = [Entry(listener) for _ in params]
@@ -115,11 +126,13 @@ class Bucket:
             skip_zeros=self.kind.modes.skip_zeros,
             block_wise=self.kind.modes.block_wise,
             stochastic_round=self.kind.modes.stochastic_round,
+            totals=self.totals,
+            geometry=self.geometry,
         )
 
     def views(self, k: int) -> dict[str, Tensor]:
         """State of a parameter under bitsandbytes' names, as views of the arenas."""
-        slot, shape = self.slots[k], self.params[k].shape
+        slot, shape = self.slots[k], self.local[k].shape
         view: dict[str, Tensor] = {"step": self.step[k]}
         if self.gnorm is not None:
             view["gnorm_vec"] = self.gnorm[k]
@@ -135,6 +148,7 @@ class Bucket:
             for part in stored.format.parts:
                 arena = arenas[f"{stored.format.name}_{part.name}"]
                 view_of = arena[rows[0] : rows[-1] + 1 : step, slot.span(part.per)]
+                view_of = _in_rows(view_of, part, slot)
                 parts[part.name] = view_of if len(rows) > 1 else view_of[0]
             view.update(stored.format.entries(parts, number, size))
         return {self._names.get(key, key): x for key, x in view.items()}
@@ -150,7 +164,7 @@ class Bucket:
             initial = [values[state] if values else 0.0 for state in stored.states]
             if any(initial):
                 full = [torch.full((slot.numel,), x, device=self.device) for x in initial]
-                parts = {name: parts[name].copy_(x) for name, x in stored.format.store(full).items()}
+                parts = {name: parts[name].copy_(x) for name, x in encode(stored, full, slot).items()}
             else:
                 self._clear(stored, parts, slot.numel)
 
@@ -167,10 +181,13 @@ class Bucket:
                 own[k].zero_() if given is None else own[k].copy_(given.reshape(own[k].shape))
         slot = self.slots[k]
         for stored in self.op.stored:
-            parts = saved.parts(stored, slot.numel)
-            if not self.kind.modes.block_wise and not _same_in_all_blocks(parts, stored):
+            parts = saved.parts(stored, slot)
+            if not self.kind.modes.block_wise and not self._is_uniform(parts, stored):
                 values = [x.to(self.device) for x in saved.values(stored, slot.numel)]
-                parts = stored.format.store(values, max(slot.blocks, 1) * BLOCK)
+                magnitudes = [torch.cat([x, x.new_zeros(1)]) for x in stored.format.magnitudes(values)]
+                parts = encode(
+                    stored, values, slot, [self._most(x.amax(0, keepdim=True)) for x in magnitudes]
+                )
             for name, view in parts_of(self.op, self.arenas, stored, slot).items():
                 view.copy_(parts[name])
 
@@ -179,9 +196,12 @@ class Bucket:
         entry: dict[str, Tensor] = {}
         for stored in self.op.stored:
             parts = parts_of(self.op, self.arenas, stored, self.slots[k])
-            copies = {name: part.clone() for name, part in parts.items()}
+            per = {part.name: part for part in stored.format.parts}
+            copies = {
+                name: _in_rows(x.clone()[None], per[name], self.slots[k])[0] for name, x in parts.items()
+            }
             for state in stored.states:
-                entry.update(stored.format.entries(copies, state + 1, self.params[k].shape))
+                entry.update(stored.format.entries(copies, state + 1, self.local[k].shape))
         norms = [None if x is None else x[k].clone() for x in (self.gnorm, self.unorm)]
         return SavedState(self.step[k].clone(), entry, *norms)
 
@@ -198,7 +218,7 @@ class Bucket:
         if scaled:
             self._scale()
         if self._launcher is None:
-            arguments = Arguments(self.params, [], self.arenas, self.step, self.hyper.table, self.options)
+            arguments = Arguments(self.local, [], self.arenas, self.step, self.hyper.table, self.options)
             self._launcher = backends.launcher(self.device.type)(self.op, arguments)
         for dtype in grads.dtypes:
             self._launcher.compile(dtype)
@@ -227,19 +247,46 @@ class Bucket:
         if self.kind.paged and not torch.compiler.is_compiling():
             paging.prefetch(self.arenas, self.device)
         for dtype in grads.dtypes:
+            tensors = self.local, grads.of(dtype), *self.arenas, self.step, self.hyper.table
+            options = self.options.arguments()
+            if self.totals is not None:
+                given = {name: x for name, x in options.items() if name not in Options.written()}
+                self.totals.copy_(self._total(self.op.measure(*tensors, **given)))
             if compiled:
                 self._launcher(grads.of(dtype), dtype)
             else:
-                self.overload(
-                    self.params,
-                    grads.of(dtype),
-                    *self.arenas,
-                    self.step,
-                    self.hyper.table,
-                    **self.options.arguments(),
-                )
+                self.overload(*tensors, **options)
+
+    def _total(self, found: Tensor) -> Tensor:
+        """What all processes together have found: sums, and then maxima."""
+        sharding = self.kind.sharding
+        if sharding is None:
+            return found
+        return torch.cat([sharding.total(found[:, :2]), sharding.total(found[:, 2:], "max")], 1)
+
+    def _most(self, maximum: Tensor) -> Tensor:
+        return maximum if self.kind.sharding is None else self.kind.sharding.total(maximum, "max")
+
+    def _is_uniform(self, parts: dict[str, Tensor], stored: Stored) -> bool:
+        """Whether all blocks of a parameter share the same already."""
+        if self.kind.sharding is not None:
+            return False
+        shared = (parts[part.name] for part in stored.format.parts if part.per > 1)
+        return all(bool((x == x[:1]).all()) for x in shared)
+
+    def whole(self, squares: Tensor) -> Tensor:
+        """Squared norms of whole tensors, (n,), from those of what this process holds."""
+        return squares if self.kind.sharding is None else self.kind.sharding.total(squares)
+
+    def refresh(self) -> None:
+        """Notice tensors that have been put in the place of those that this process held."""
+        if self.kind.sharding is not None:
+            for k, param in enumerate(self.params):
+                self.local[k] = local(param)
 
 
-def _same_in_all_blocks(parts: dict[str, Tensor], stored: Stored) -> bool:
-    shared = (parts[part.name] for part in stored.format.parts if part.per > 1)
-    return all(bool((x == x[:1]).all()) for x in shared)
+def _in_rows(x: Tensor, part: Part, slot: Slot) -> Tensor:
+    """(r, entries) of a part: what blocks share with a dimension for the rows, if blocks end with rows."""
+    if part.per == 1 or slot.row >= slot.numel:
+        return x
+    return x.view(len(x), -1, slot.row_blocks)

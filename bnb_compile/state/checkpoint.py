@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..formats import FORMATS, Stored
+from ..formats import FORMATS, Slot, Stored
 from ..rules import Rule, State
 from ..validate import number
 
@@ -41,15 +41,24 @@ class SavedState(NamedTuple):
     gnorm: Tensor | None = None
     unorm: Tensor | None = None
 
-    def parts(self, stored: Stored, numel: int) -> dict[str, Tensor]:
+    def parts(self, stored: Stored, slot: Slot) -> dict[str, Tensor]:
         """The tensors of some states in their format: those that were saved, or converted ones."""
-        number = stored.states[0] + 1
-        parts = stored.format.parts_of(self.entry, number, numel)
-        return parts if parts is not None else stored.format.store(self.values(stored, numel))
+        row = slot.row if slot.row < slot.numel else 0
+        parts = stored.format.parts_of(self.entry, stored.states[0] + 1, slot.numel, row)
+        return parts if parts is not None else encode(stored, self.values(stored, slot.numel), slot)
 
     def values(self, stored: Stored, numel: int) -> list[Tensor]:
         """The values of some states, (numel,) float32 each."""
         return [decode(self.entry, k, numel) for k in stored.states]
+
+
+def encode(
+    stored: Stored, values: Sequence[Tensor], slot: Slot, maxima: Sequence[Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The parts of a parameter's states, from (numel,) float32 each; see `AbstractFormat.store`."""
+    parts = stored.format.store([slot.padded(x) for x in values], maxima)
+    per = {part.name: part.per for part in stored.format.parts}
+    return {name: slot.unpadded(x) if per[name] == 1 else x for name, x in parts.items()}
 
 
 def decode(entry: Mapping[str, Any], state: int, numel: int) -> Tensor:

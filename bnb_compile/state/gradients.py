@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops.step import PARAM_DTYPES
+from .sharding import Sharding
 
 _ALLOWED, _NONE = frozenset(PARAM_DTYPES), id(None)
 _DTYPE, _SPEC = attrgetter("dtype"), attrgetter("shape", "device", "layout")
@@ -31,13 +32,19 @@ class Gradients(NamedTuple):
         return [grad if grad is not None and grad.dtype == dtype else None for grad in self.tensors]
 
 
-def collect(params: Sequence[Tensor], specs: Sequence[Spec], idle: frozenset[int] = frozenset()) -> Gradients:
+def collect(
+    params: Sequence[Tensor],
+    specs: Sequence[Spec],
+    idle: frozenset[int] = frozenset(),
+    sharding: Sharding | None = None,
+) -> Gradients:
     """The gradients that a step takes.
 
     Args:
         params: The parameters, on one device.
         specs: What their gradients must be like.
         idle: Which of them are in no group now.
+        sharding: How several processes hold the parameters together.
 
     Raises:
         TypeError: If a gradient is sparse, or not of a dtype that a step can take.
@@ -46,6 +53,8 @@ def collect(params: Sequence[Tensor], specs: Sequence[Spec], idle: frozenset[int
     grads = [param.grad for param in params]
     if idle:
         grads = [None if k in idle else grad for k, grad in enumerate(grads)]
+    if sharding is not None:
+        grads = [None if grad is None else sharding.local(grad) for grad in grads]
     if torch.compiler.is_compiling():
         dtypes = {_checked(spec, grad) for spec, grad in zip(specs, grads) if grad is not None}
         return Gradients(grads, tuple(sorted(dtypes, key=str)))

@@ -10,6 +10,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..ops.step import PARAM_DTYPES
+from .sharding import check_placements, is_sharded, local
 
 
 def check_parameter(param: object) -> None:
@@ -21,6 +22,9 @@ def check_parameter(param: object) -> None:
     """
     if not isinstance(param, Tensor):
         raise TypeError(f"a parameter is a {type(param).__name__}, must be a tensor")
+    if is_sharded(param):
+        check_placements(param)
+        param = local(param)
     if is_traceable_wrapper_subclass(param):
         raise TypeError(
             f"a parameter is a {type(param).__name__}, which has no memory of its own: only ordinary tensors "

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..formats import Geometry
 from ..rules import Rule
 from ..validate import number
 from .bucket import Bucket, Kind
@@ -26,6 +27,7 @@ class Wanted(NamedTuple):
         initial: What its states begin with, for each; empty for zeros.
         max_unorm: Limit of the trust ratio.
         percentile: Percentile clipping.
+        geometry: Which elements of a whole tensor this process has; None if all of an ordinary one.
     """
 
     param: Tensor
@@ -34,6 +36,7 @@ class Wanted(NamedTuple):
     initial: tuple[float, ...]
     max_unorm: float
     percentile: int
+    geometry: Geometry | None = None
 
 
 class Place(NamedTuple):
@@ -89,7 +92,7 @@ class Structure:
         current = set()
         for w in wanted:
             place = self.places.get(id(w.param))
-            if place is None or place.bucket.kind != w.kind or self._moved(place):
+            if place is None or not self._is_for(place, w):
                 return False
             if place.k in place.bucket.idle:
                 return False
@@ -104,16 +107,23 @@ class Structure:
             for key, place in self.places.items()
         )
 
+    def _is_for(self, place: Place, w: Wanted) -> bool:
+        return (
+            place.bucket.kind == w.kind
+            and not self._moved(place)
+            and self.wanted[id(w.param)].geometry == w.geometry
+        )
+
     @staticmethod
     def _moved(place: Place) -> bool:
         bucket, k = place
-        return bucket.params[k].shape != bucket.specs[k][0]
+        return bucket.params[k].shape != bucket.shapes[k]
 
     @staticmethod
     def _changed(place: Place) -> bool:
         """Whether a parameter is no longer for its bucket."""
-        (param, spec), kind = (place.bucket.params[place.k], place.bucket.specs[place.k]), place.bucket.kind
-        return param.shape != spec[0] or param.dtype != kind.dtype or param.device != kind.device
+        param, kind = place.bucket.params[place.k], place.bucket.kind
+        return Structure._moved(place) or param.dtype != kind.dtype or param.device != kind.device
 
     def form(self, wanted: Sequence[Wanted], link: bool = False) -> None:
         """Give every parameter its place; states are kept, and converted where they must be.
@@ -127,7 +137,7 @@ class Structure:
         outdated = {
             place.bucket
             for key, place in self.places.items()
-            if (key in by_id and (by_id[key].kind != place.bucket.kind or self._moved(place)))
+            if (key in by_id and not self._is_for(place, by_id[key]))
             or (
                 key not in by_id and (self._changed(place) or place.bucket.params[place.k] not in self.states)
             )
@@ -139,7 +149,10 @@ class Structure:
         for w in new:
             by_kind[w.kind].append(w)
         for kind, members in by_kind.items():
-            bucket = Bucket(kind, [w.param for w in members], members[0].numbers, self, self._names)
+            geometry = [w.geometry for w in members if w.geometry is not None]
+            bucket = Bucket(
+                kind, [w.param for w in members], members[0].numbers, self, self._names, geometry or None
+            )
             self.buckets.append(bucket)
             for k, w in enumerate(members):
                 self._settle(Place(bucket, k), w, saved.get(id(w.param)), link)
@@ -160,12 +173,14 @@ class Structure:
                     # Its state has no place until a group has it again.
                     bucket.entries[k].detach()
                     self.wanted.pop(key)
-                    if param.shape != bucket.specs[k][0]:
+                    if param.shape != bucket.shapes[k]:
                         self.states.pop(param, None)
                 elif key in by_id or param in self.states:
                     rule = by_id[key].kind.op.rule if key in by_id else bucket.op.rule
                     fits = param in self.states and not self._moved(Place(bucket, k))
-                    saved[key] = _carried(bucket.saved(k), bucket.op.rule, rule, param) if fits else None
+                    saved[key] = (
+                        _carried(bucket.saved(k), bucket.op.rule, rule, bucket.local[k]) if fits else None
+                    )
                 else:
                     self.wanted.pop(key, None)
         self.buckets = [bucket for bucket in self.buckets if bucket not in outdated]
@@ -214,7 +229,7 @@ class Structure:
     def _read(self, place: Place, state: Any, key: Any = "assigned", check: bool = True) -> SavedState:
         bucket, k = place
         return read_state(
-            bucket.op.rule, bucket.numbers, key, bucket.params[k], self.renamed(state), check=check
+            bucket.op.rule, bucket.numbers, key, bucket.local[k], self.renamed(state), check=check
         )
 
     def renamed(self, state: Any) -> Any:

@@ -63,7 +63,7 @@ def print_rule(op: StepOp) -> str:
 def _print_modes(modes: Modes) -> str:
     lines, (ratio,) = write(trace_trust_ratio(), ["max_unorm", "param_norm", "update_norm"], C_DOUBLE)
     rounding, (rounded,) = write(trace_round_bits(), ["bits", "index", "step"], C_INTEGERS)
-    flags = {**modes._asdict(), "two_phases": modes.two_phases}
+    flags = {**modes._asdict(), "needs_totals": modes.needs_totals}
     return "\n".join(
         [
             f"constexpr float GRAD_LIMIT = {GRAD_LIMIT!r}f;",

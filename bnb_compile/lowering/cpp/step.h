@@ -58,6 +58,19 @@ struct Measured {
   double update = 0, param = 0;  // sums of squares
   float maxima[MAXIMA + 1] = {};  // what the formats found
 
+  // As the option `totals`: a row of numbers.
+  static constexpr int COLUMNS = 2 + MAXIMA;
+  static Measured from(const double* row) {
+    Measured found;
+    found.update = row[0], found.param = row[1];
+    for (int k = 0; k < MAXIMA; k++) found.maxima[k] = (float)row[2 + k];
+    return found;
+  }
+  void write(double* row) const {
+    row[0] = update, row[1] = param;
+    for (int k = 0; k < MAXIMA; k++) row[2 + k] = maxima[k];
+  }
+
   void add(const Measured& other) {
     update += other.update;
     param += other.param;
@@ -184,36 +197,57 @@ Measured<Storage::MAXIMA> update_block(
   return found;
 }
 
+inline bool is_active(const Parameter& p, float grad_scale) {
+  return p.grad && std::isfinite(grad_scale);
+}
+
+inline int64_t count_blocks(const Parameter& p) {
+  return ROWS ? p.numel / p.row * p.row_blocks : (p.numel + BLOCK - 1) / BLOCK;
+}
+
+// What the next step must know of whole parameters.
+template <class P, class G, class Storage>
+std::vector<Measured<Storage::MAXIMA>> measure_bucket(
+    const Parameter* parameters, int64_t count, const Storage& storage, const int64_t* step,
+    const double* hyper, const float* grad_scale) {
+  using Found = Measured<Storage::MAXIMA>;
+  const auto scale = [&](int64_t k) { return GRAD_SCALE ? grad_scale[k] : 1.f; };
+  const auto blocks = [&](int64_t k) {
+    return is_active(parameters[k], scale(k)) ? count_blocks(parameters[k]) : 0;
+  };
+  int64_t total = 0;
+  for (int64_t k = 0; k < count; k++) total += blocks(k);
+  std::vector<Found> found(total), whole(count);
+  share_out(count, 64, blocks, [&](int64_t k, int64_t from, int64_t to, int64_t passed) {
+    float scalars[Rule::SCALARS];
+    Rule::scalars(hyper + k * Rule::HYPER, (double)(step[k] + 1), scalars);
+    for (int64_t b = from; b < to; b++)
+      found[passed + b] = update_block<true, P, G>(
+          parameters[k], storage, b, scalars, scale(k), step[k] + 1, whole[k], Storage::ALL);
+  });
+  const Found* next = found.data();
+  for (int64_t k = 0; k < count; k++)
+    for (int64_t b = 0; b < blocks(k); b++) whole[k].add(*next++);
+  return whole;
+}
+
 template <class P, class G, class Storage>
 void update_bucket(
     const Parameter* parameters, int64_t count, const Storage& storage, int64_t* step,
-    const double* hyper, const float* grad_scale, const float* max_unorm, float* unorm) {
+    const double* hyper, const float* grad_scale, const float* max_unorm, float* unorm,
+    const double* totals) {
   const auto scale = [&](int64_t k) { return GRAD_SCALE ? grad_scale[k] : 1.f; };
-  const auto active = [&](int64_t k) { return parameters[k].grad && std::isfinite(scale(k)); };
-  const auto blocks = [&](int64_t k) {
-    if (!active(k)) return (int64_t)0;
-    const Parameter& p = parameters[k];
-    return ROWS ? p.numel / p.row * p.row_blocks : (p.numel + BLOCK - 1) / BLOCK;
-  };
-  for (int64_t k = 0; k < count; k++) step[k] += active(k);
+  const auto active = [&](int64_t k) { return is_active(parameters[k], scale(k)); };
+  const auto blocks = [&](int64_t k) { return active(k) ? count_blocks(parameters[k]) : 0; };
 
   using Found = Measured<Storage::MAXIMA>;
-  std::vector<Found> whole(TWO_PHASES ? count : 1);
-  if constexpr (TWO_PHASES) {
-    int64_t total = 0;
-    for (int64_t k = 0; k < count; k++) total += blocks(k);
-    std::vector<Found> found(total);
-    share_out(count, 64, blocks, [&](int64_t k, int64_t from, int64_t to, int64_t passed) {
-      float scalars[Rule::SCALARS];
-      Rule::scalars(hyper + k * Rule::HYPER, (double)step[k], scalars);
-      for (int64_t b = from; b < to; b++)
-        found[passed + b] = update_block<true, P, G>(
-            parameters[k], storage, b, scalars, scale(k), step[k], whole[k], Storage::ALL);
-    });
-    const Found* next = found.data();
-    for (int64_t k = 0; k < count; k++)
-      for (int64_t b = 0; b < blocks(k); b++) whole[k].add(*next++);
+  std::vector<Found> whole(NEEDS_TOTALS ? count : 1);
+  if constexpr (TOTALS) {
+    for (int64_t k = 0; k < count; k++) whole[k] = Found::from(totals + k * Found::COLUMNS);
+  } else if constexpr (NEEDS_TOTALS) {
+    whole = measure_bucket<P, G>(parameters, count, storage, step, hyper, grad_scale);
   }
+  for (int64_t k = 0; k < count; k++) step[k] += active(k);
   if constexpr (MAX_UNORM) {
     for (int64_t k = 0; k < count; k++) {
       if (!active(k)) continue;
@@ -227,7 +261,7 @@ void update_bucket(
   share_out(count, 64, blocks, [&](int64_t k, int64_t from, int64_t to, int64_t) {
     float scalars[Rule::SCALARS];
     Rule::scalars(hyper + k * Rule::HYPER, (double)step[k], scalars);
-    const Found& all = whole[TWO_PHASES ? k : 0];
+    const Found& all = whole[NEEDS_TOTALS ? k : 0];
     if constexpr (MAX_UNORM) {
       const double unit = scalars[Rule::UNIT];
       scalars[Rule::STEP_SIZE] *=
