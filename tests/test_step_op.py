@@ -284,7 +284,8 @@ def test_a_scale_multiplies_the_gradients(op: StepOp) -> None:
 
 
 def test_schemas() -> None:
-    flags = "bool skip_zeros=False, bool block_wise=True, bool stochastic_round=False"
+    flags = "bool skip_zeros=False, bool block_wise=True, bool stochastic_round=False, Tensor? totals=None, "
+    flags += "int[]? geometry=None"
     limits = "*, Tensor? grad_scale=None, Tensor? max_unorm=None"
     assert str(STEP_OPS["lion", 8].in_place._schema) == (
         "bnb_compile::lion_step_dynamic8_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!) dynamic8_codes, "

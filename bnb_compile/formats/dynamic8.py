@@ -15,6 +15,8 @@ What non-finite and vanishing values do:
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -213,10 +215,12 @@ def _blockwise(saved: Mapping[str, Any], number: int, numel: int, expected: bool
     row, block = 0, 0
     if absmax.dim() == 2:
         rows, row_blocks = absmax.shape
-        row = numel // rows if rows else 1
-        if rows * row != numel or -(-row // BLOCK) != row_blocks:
+        row = numel // max(rows, 1)
+        leading = itertools.accumulate(codes.shape[:-1], operator.mul)
+        if rows not in leading or (numel and -(-row // BLOCK) != row_blocks):
             raise ValueError(
-                f"{name} has shape {tuple(absmax.shape)}: {numel} elements have no such rows of blocks"
+                f"{name} has shape {tuple(absmax.shape)}, must be a scale for each block of each row of "
+                f"{tuple(codes.shape)} codes"
             )
         absmax, block = absmax.reshape(-1), BLOCK
     elif absmax.dim() != 1 or len(absmax) not in counts:

@@ -125,8 +125,9 @@ def has_blocks(param: Any) -> bool:
 
 def ends_with_rows(param: Any) -> bool:
     """Whether the layout is not that of an ordinary tensor; the same in every process."""
-    later = any(dim > 0 for dim in _dims(param))
-    return is_sharded(param) and param.dim() > 1 and (later or row_of(param) % BLOCK != 0)
+    if not is_sharded(param) or param.dim() < 2:
+        return False
+    return row_of(param) % BLOCK != 0 or any(dim > 0 for dim in _dims(param))
 
 
 def geometry_of(param: Any, number: int) -> Geometry:
@@ -144,7 +145,7 @@ def geometry_of(param: Any, number: int) -> Geometry:
     first = key + sum(o * s for o, s in zip(offset, strides))
     if not ends_with_rows(param):
         return Geometry(0, 0, first)
-    cut = max(1, *_dims(param))
+    cut = max([1, *_dims(param)])
     return Geometry(max(math.prod(size[cut:]), 1), math.prod(param.shape[cut:]), first)
 
 

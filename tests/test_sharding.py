@@ -1,0 +1,147 @@
+"""Optimizers of DTensors: what is computed must not depend on the mesh.
+
+Every rank is given the whole gradients, so that a mesh of one process is the reference to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import processes
+from torch import Tensor, nn
+
+import bnb_compile as bnb
+
+#: By name: the mesh's shape, and the placement in each of its dimensions: a letter, or a number for Shard.
+MESHES = {
+    "one": ((1,), "0"),
+    "two": ((2,), "0"),
+    "three": ((3,), "0"),
+    "hybrid": ((2, 2), "r0"),
+    "copies": ((2,), "r"),
+}
+#: Rows that are blocks, and other ones; parts that are uneven, or empty; a vector; three dimensions.
+SHAPES = [(64, 256), (37, 65), (65, 100), (1, 300), (3, 1), (1, 600), (5000,), (6, 5, 64), (3, 512)]
+STEPS = 6
+
+
+def placements(text: str) -> list[Any]:
+    from torch.distributed.tensor import Replicate, Shard
+
+    return [Replicate() if letter == "r" else Shard(int(letter)) for letter in text]
+
+
+def distribute(mesh: Any, placed: list[Any], x: Tensor) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, mesh, placed, src_data_rank=None)
+
+
+def mesh_of(name: str) -> tuple[Any, list[Any]]:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shape, text = MESHES[name]
+    names = tuple(f"d{k}" for k in range(len(shape)))
+    return init_device_mesh("cpu", shape, mesh_dim_names=names), placements(text)
+
+
+class Case(dict):
+    """A class of optimizers and its arguments, with dtype and shapes of the parameters."""
+
+
+def case(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[str, torch.dtype, dict]:
+    return name, dtype, options
+
+
+CASES = {
+    **{
+        f"{family}{bits}": case(f"{family}{bits}bit")
+        for family in ("AdamW", "SGD", "Lion", "Adagrad", "RMSprop", "AdEMAMix", "Adan", "LAMB", "LARS")
+        for bits in (8, 32)
+    },
+    "stochastic": case("AdamW8bit", torch.bfloat16, bf16_stochastic_round=True),
+    "one scale": case("AdamW8bit", block_wise=False),
+    "max_unorm": case("AdamW8bit", max_unorm=0.02),
+    "max_grad_norm": case("AdamW8bit", max_grad_norm=1.0),
+    "percentile": case("AdamW8bit", percentile_clipping=50),
+    "eager": case("AdamW8bit", compile=False),
+}
+#: A norm is a sum over processes, which is rounded in another order.
+WITH_NORMS = {"LAMB8", "LAMB32", "LARS8", "LARS32", "max_unorm", "max_grad_norm", "percentile"}
+
+
+def make(name: str, params: list[nn.Parameter]) -> Any:
+    cls, _, options = CASES[name]
+    given = {"momentum": 0.9} if cls.startswith(("SGD", "LARS")) else {}
+    if "min_8bit_size" not in options and cls.endswith("8bit"):
+        given["min_8bit_size"] = 0
+    return getattr(bnb.optim, cls)(params, lr=1e-2, **given, **options)
+
+
+def gradients(dtype: torch.dtype, step: int) -> list[Tensor]:
+    torch.manual_seed(100 + step)
+    return [(0.3 * torch.randn(shape) ** 3).to(dtype) for shape in SHAPES]
+
+
+def initial(dtype: torch.dtype) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape).to(dtype) for shape in SHAPES]
+
+
+def train(mesh_name: str, names: list[str], graph: bool = False) -> dict[str, list[Tensor]]:
+    """The whole parameters after some steps of some cases."""
+    mesh, placed = mesh_of(mesh_name)
+    results = {}
+    for name in names:
+        dtype = CASES[name][1]
+        params = [nn.Parameter(distribute(mesh, placed, x)) for x in initial(dtype)]
+        optimizer = make(name, params)
+        step = torch.compile(optimizer.step, fullgraph=True) if graph else optimizer.step
+        for t in range(STEPS):
+            for param, grad in zip(params, gradients(dtype, t)):
+                param.grad = distribute(mesh, placed, grad)
+            step()
+        results[name] = [param.full_tensor().detach() for param in params]
+    return results
+
+
+@pytest.fixture(scope="module")
+def on_one() -> dict[str, list[Tensor]]:
+    return processes.run(1, train, "one", list(CASES))[0]
+
+
+@pytest.fixture(scope="module", params=["two", "three", "hybrid", "copies"])
+def on_mesh(request: pytest.FixtureRequest) -> list[dict[str, list[Tensor]]]:
+    world = torch.Size(MESHES[request.param][0]).numel()
+    return processes.run(world, train, request.param, list(CASES))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_any_mesh_computes_the_same(name: str, on_one: dict, on_mesh: list[dict]) -> None:
+    for rank, of_rank in enumerate(on_mesh):
+        for k, (actual, expected) in enumerate(zip(of_rank[name], on_one[name])):
+            if name in WITH_NORMS and name.endswith("8"):
+                close = (actual - expected).abs() <= 1e-5 * expected.abs().max()
+                assert close.float().mean() > 0.99, f"rank {rank}, {SHAPES[k]}"
+            elif name in WITH_NORMS:
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+            else:
+                assert torch.equal(actual, expected), f"rank {rank}, {SHAPES[k]}"
+        for actual, other in zip(of_rank[name], on_mesh[0][name]):
+            assert torch.equal(actual, other)
+
+
+@pytest.mark.parametrize("name", ["AdamW8", "AdamW32", "SGD8", "stochastic"])
+def test_a_mesh_of_one_is_no_mesh_where_rows_are_blocks(name: str, on_one: dict) -> None:
+    dtype = CASES[name][1]
+    params = [nn.Parameter(x) for x in initial(dtype)]
+    optimizer = make(name, params)
+    for t in range(STEPS):
+        for param, grad in zip(params, gradients(dtype, t)):
+            param.grad = grad
+        optimizer.step()
+    for k, shape in enumerate(SHAPES):
+        if len(shape) > 1 and (shape[-1] % 256 == 0 or name == "AdamW32"):
+            assert torch.equal(params[k].detach(), on_one[name][k]), shape
