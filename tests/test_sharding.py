@@ -145,3 +145,85 @@ def test_a_mesh_of_one_is_no_mesh_where_rows_are_blocks(name: str, on_one: dict)
     for k, shape in enumerate(SHAPES):
         if len(shape) > 1 and (shape[-1] % 256 == 0 or name == "AdamW32"):
             assert torch.equal(params[k].detach(), on_one[name][k]), shape
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(params)
+
+
+SAVED = ["AdamW8", "SGD8", "AdEMAMix8", "AdamW32", "stochastic"]
+
+
+def run_steps(name: str, mesh: Any, placed: list[Any], model: Model, optimizer: Any, steps: range) -> None:
+    for t in steps:
+        for param, grad in zip(model.weights, gradients(CASES[name][1], t)):
+            param.grad = distribute(mesh, placed, grad)
+        optimizer.step()
+
+
+def start(name: str, mesh: Any, placed: list[Any]) -> tuple[Model, Any]:
+    model = Model([nn.Parameter(distribute(mesh, placed, x)) for x in initial(CASES[name][1])])
+    return model, make(name, list(model.parameters()))
+
+
+def contents(model: Model, optimizer: Any) -> dict[str, Any]:
+    from torch.distributed.checkpoint import state_dict as dsd
+
+    return {
+        "model": dsd.get_model_state_dict(model),
+        "optimizer": dsd.get_optimizer_state_dict(model, optimizer),
+    }
+
+
+def save(mesh_name: str, folder: str) -> dict[str, list[Tensor]]:
+    """Save after 3 steps; the parameters after 3 more."""
+    from torch.distributed import checkpoint
+
+    mesh, placed = mesh_of(mesh_name)
+    results = {}
+    for name in SAVED:
+        model, optimizer = start(name, mesh, placed)
+        run_steps(name, mesh, placed, model, optimizer, range(3))
+        checkpoint.save(contents(model, optimizer), checkpoint_id=f"{folder}/{name}")
+        run_steps(name, mesh, placed, model, optimizer, range(3, 6))
+        results[name] = [param.full_tensor().detach() for param in model.parameters()]
+    return results
+
+
+def resume(mesh_name: str, folder: str) -> dict[str, list[Tensor]]:
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import state_dict as dsd
+
+    mesh, placed = mesh_of(mesh_name)
+    results = {}
+    for name in SAVED:
+        model, optimizer = start(name, mesh, placed)
+        loaded = contents(model, optimizer)
+        checkpoint.load(loaded, checkpoint_id=f"{folder}/{name}")
+        dsd.set_model_state_dict(model, loaded["model"])
+        dsd.set_optimizer_state_dict(model, optimizer, loaded["optimizer"])
+        run_steps(name, mesh, placed, model, optimizer, range(3, 6))
+        results[name] = [param.full_tensor().detach() for param in model.parameters()]
+    return results
+
+
+@pytest.fixture(scope="module", params=["one", "two", "three"])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
+    folder = str(tmp_path_factory.mktemp(request.param))
+    world = torch.Size(MESHES[request.param][0]).numel()
+    return folder, processes.run(world, save, request.param, folder)[0]
+
+
+@pytest.mark.parametrize("mesh_name", ["one", "two", "three", "hybrid"])
+def test_a_distributed_checkpoint_goes_on_bitwise_on_any_mesh(saved: tuple, mesh_name: str) -> None:
+    folder, expected = saved
+    world = torch.Size(MESHES[mesh_name][0]).numel()
+    actual = processes.run(world, resume, mesh_name, folder)[0]
+    for name in SAVED:
+        for k, (a, e) in enumerate(zip(actual[name], expected[name])):
+            assert torch.equal(a, e), (name, SHAPES[k])

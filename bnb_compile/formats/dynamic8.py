@@ -222,7 +222,7 @@ def _blockwise(saved: Mapping[str, Any], number: int, numel: int, expected: bool
                 f"{name} has shape {tuple(absmax.shape)}, must be a scale for each block of each row of "
                 f"{tuple(codes.shape)} codes"
             )
-        absmax, block = absmax.reshape(-1), BLOCK
+        absmax, block, row = absmax.reshape(-1), BLOCK, row if rows > 1 else 0
     elif absmax.dim() != 1 or len(absmax) not in counts:
         raise ValueError(
             f"{name} has shape {tuple(absmax.shape)}, must be a scale for each of "

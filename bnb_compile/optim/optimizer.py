@@ -255,6 +255,8 @@ class Optimizer8bit(AbstractOptimizer):
         """The state as bitsandbytes lays it out, with `step` as an int for each parameter.
 
         Tensors are views of the live state, as torch's are: copy them before the next step changes them.
+        The states of a DTensor are DTensors, and copies; then all processes must call this, where the shards
+        of a later dimension are no multiples of 256 elements.
         States of parameters that are in no group are not saved, as they have no index.
         """
         return saving.state_dict(self, self._changes)

@@ -9,8 +9,21 @@ import torch
 from torch import Tensor
 
 from ..formats import bits_of as bits_of
+from ..formats import layout
 from ..ops.operator import StepOp
-from ..state.checkpoint import flatten, match_groups, read_state
+from ..state.checkpoint import encode, flatten, match_groups, read_state
+from ..state.sharding import (
+    SHORTEST_ROW,
+    can_be_placed,
+    has_blocks,
+    is_sharded,
+    local,
+    moved,
+    row_of,
+    to_global,
+    to_local,
+)
+from ..state.structure import Place
 from .base import AbstractOptimizer
 from .changes import Changes, params_of
 from .family import FAMILIES
@@ -40,6 +53,8 @@ def state_dict(optimizer: AbstractOptimizer, changes: Changes) -> dict[str, Any]
             saved = dict(entry)
             if place is not None and entry is place.bucket.entries[place.k] and not entry.replaced:
                 saved["step"] = int(steps[place.bucket][place.k])
+                if is_sharded(key):
+                    saved = _of_all_processes(place, saved)
             elif isinstance(saved.get("step"), Tensor):
                 saved["step"] = int(saved["step"])
             states[index[id(key)]] = saved
@@ -47,6 +62,26 @@ def state_dict(optimizer: AbstractOptimizer, changes: Changes) -> dict[str, Any]
     for after in optimizer._optimizer_state_dict_post_hooks.values():
         found = after(optimizer, found) or found
     return found
+
+
+def _of_all_processes(place: Place, saved: dict[str, Any]) -> dict[str, Any]:
+    """The entry of a DTensor in a state dict."""
+    bucket, k = place
+    param = bucket.params[k]
+    if can_be_placed(param) or not any(key.startswith("absmax") for key in saved):
+        return to_global(saved, param)
+    # Its blocks are those of columns, which no other mesh has: encode those of whole rows.
+    own = bucket.saved(k)
+    rest = {key: x for key, x in saved.items() if not key.startswith(("state", "absmax", "qmap"))}
+    for stored in bucket.op.stored:
+        numel = bucket.local[k].numel()
+        values = [moved(x.contiguous(), param) for x in own.values(stored, numel)]
+        placed = values[0][1]
+        (slot,) = layout([placed.to_local().numel()], (row_of(param), 0, 0)).slots
+        parts = encode(stored, [x for x, _ in values], slot)
+        entries = stored.format.entries(parts, stored.states[0] + 1, placed.to_local().shape)
+        rest.update(to_global(entries, placed))
+    return rest
 
 
 @torch._disable_dynamo
@@ -72,7 +107,10 @@ def load_state_dict(optimizer: AbstractOptimizer, changes: Changes, state_dict: 
             continue
         param = params[key]
         rule = rules[id(param)]
-        read = read_state(rule, family.numbers_of(rule), key, param, structure.renamed(saved))
+        own_part = structure.renamed(saved)
+        if is_sharded(param):
+            own_part = to_local(flatten(own_part), param)
+        read = read_state(rule, family.numbers_of(rule), key, local(param), own_part)
         # What is a view of the arenas must not change while they are written.
         entry = {k: x.clone() if _lies_in(x, own) else x for k, x in read.entry.items()}
         norms = dict(gnorm=entry.get("gnorm_vec"), unorm=entry.get("unorm_vec"))
@@ -155,14 +193,14 @@ def precision_report(optimizer: AbstractOptimizer, changes: Changes) -> list[dic
                     numel=param.numel(),
                     bits=op.stored[0].format.bits if op.stored else None,
                     format=op.stored[0].format.name if op.stored else None,
-                    reason=_reason(op, config, {"optim_bits", "states"} & override.keys()),
+                    reason=_reason(op, config, {"optim_bits", "states"} & override.keys(), param),
                     bytes_per_param=op.bytes_per_param(param.numel()),
                 )
             )
     return report
 
 
-def _reason(op: StepOp, config: dict[str, Any], overridden: set[str]) -> str:
+def _reason(op: StepOp, config: dict[str, Any], overridden: set[str], param: Tensor) -> str:
     """Why a parameter has states of so many bits."""
     if not op.stored:
         return "the algorithm keeps no states"
@@ -173,5 +211,7 @@ def _reason(op: StepOp, config: dict[str, Any], overridden: set[str]) -> str:
     wanted = config["states"] or {8: "dynamic8", 32: "float32"}[config["optim_bits"]]
     if bits_of(wanted) > 8:
         return asked + by
+    if not has_blocks(param):
+        return f"a DTensor with rows of fewer than {SHORTEST_ROW} elements"
     least = f"min_8bit_size={config['min_8bit_size']} elements"
     return f"{asked} and at least {least}" if op.stored[0].format.name == wanted else f"fewer than {least}"

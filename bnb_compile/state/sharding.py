@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..formats import BLOCK, Geometry
+from .checkpoint import decode
 
 #: Elements; of shorter rows no block is made.
 SHORTEST_ROW = 32
@@ -157,3 +158,167 @@ def part_of(param: Any, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[in
         torch.Size(shape), param.device_mesh, param.placements
     )
     return tuple(size), tuple(offset)
+
+
+# State dicts.
+
+
+def to_global(entry: Mapping[str, Any], param: Any) -> dict[str, Any]:
+    """A parameter's entry of a state dict: the states as DTensors that are placed as it is.
+
+    Scales have the shape (rows, blocks of a row). Tensors are copies: a DTensor of a view that begins inside
+    of its storage cannot be copied, pickled or saved.
+
+    Args:
+        entry: Of what this process holds.
+        param: The parameter, of which `can_be_placed` is true if states have scales.
+    """
+    size, _ = part_of(param, param.shape)
+    found = dict(entry)
+    for number in _numbers(entry):
+        state = entry[f"state{number}"]
+        lead = state.shape[: state.dim() - param.dim()]
+        found[f"state{number}"] = _wrapped(state, param, lead, param.shape, size)
+        if f"absmax{number}" in entry:
+            shape = param.shape[0], -(-row_of(param) // BLOCK)
+            here = size[0], -(-math.prod(size[1:]) // BLOCK)
+            found[f"absmax{number}"] = _wrapped(entry[f"absmax{number}"], param, lead, shape, here)
+    return found
+
+
+def _numbers(entry: Mapping[str, Any]) -> list[str]:
+    """Numbers of the states in an entry."""
+    return [
+        key.removeprefix("state")
+        for key, x in entry.items()
+        if key.startswith("state") and isinstance(x, Tensor)
+    ]
+
+
+def _wrapped(x: Tensor, param: Any, lead: Sequence[int], shape: Sequence[int], size: Sequence[int]) -> Any:
+    """A DTensor with a parameter's placements.
+
+    Args:
+        x: What this process holds.
+        param: The parameter.
+        lead: Dimensions before those that are placed: of several states together.
+        shape: Of the whole, without `lead`.
+        size: Of `x`, likewise.
+    """
+    from torch.distributed.tensor import DTensor
+
+    whole = torch.Size([*lead, *shape])
+    return DTensor.from_local(
+        x.clone().view(*lead, *size),
+        param.device_mesh,
+        [_shifted(placement, len(lead)) for placement in param.placements],
+        run_check=False,
+        shape=whole,
+        stride=torch.empty(whole, device="meta").stride(),
+    )
+
+
+def _shifted(placement: Any, by: int) -> Any:
+    """A placement of a tensor with more dimensions before the others."""
+    if not by or _sharded_dim(placement) is None:
+        return placement
+    # FSDP over tensor parallelism has a placement of its own, with a factor besides the dimension.
+    factors = {"split_factor": placement.split_factor} if hasattr(placement, "split_factor") else {}
+    return type(placement)(placement.dim + by, **factors)
+
+
+def can_be_placed(param: Any) -> bool:
+    """Whether scales in rows can be placed as a parameter is; the same in every process."""
+    later = [dim for dim in _dims(param) if dim > 0]
+    if not later:
+        return True
+    processes = math.prod(
+        size for size, place in zip(param.device_mesh.shape, param.placements) if _sharded_dim(place) == 1
+    )
+    return max(later) == 1 and row_of(param) % (BLOCK * processes) == 0 and param.shape[1] % processes == 0
+
+
+def moved(values: Tensor, param: Any) -> tuple[Tensor, Any]:
+    """States of what this process holds, placed so that it has whole rows.
+
+    Args:
+        values: ``(numel,)`` float32.
+        param: The parameter.
+
+    Returns:
+        tuple: The values, and an empty DTensor that is placed as they are.
+    """
+    from torch.distributed.tensor import Replicate
+
+    size, _ = part_of(param, param.shape)
+    rows = [p if _sharded_dim(p) in (0, None) else Replicate() for p in param.placements]
+    placed = _wrapped(values, param, (), param.shape, size).redistribute(param.device_mesh, rows)
+    return _waited(placed.to_local()).reshape(-1), placed
+
+
+def to_local(saved: Mapping[str, Any], param: Any) -> dict[str, Any]:
+    """What this process holds of a saved entry.
+
+    Args:
+        saved: Of DTensors of any placements, of whole tensors, or of local ones.
+        param: The parameter.
+    """
+    entry = dict(saved)
+    for number in _numbers(saved):
+        names = f"state{number}", f"absmax{number}"
+        tensors = [saved[name] for name in names if isinstance(saved.get(name), Tensor)]
+        lead = tensors[0].dim() - param.dim()
+        if all(_is_placed(x, param, lead) for x in tensors):
+            own = [_waited(x.to_local()) for x in tensors]
+        else:
+            whole = [x.full_tensor() if is_sharded(x) else x for x in tensors]
+            if whole[0].shape[lead:] != param.shape:
+                continue  # a local one
+            if len(whole) > 1:
+                scales = _scales_of_rows(whole[1], param, lead) if can_be_placed(param) else None
+                if scales is None:
+                    whole = [_decoded(whole[0], whole[1], saved.get(f"qmap{number}"), lead)]
+                    for name in ("absmax", "qmap"):
+                        entry.pop(f"{name}{number}", None)
+                else:
+                    whole[1] = scales
+            own = [_inside(x, param, lead) for x in whole]
+        entry[names[0]] = own[0]
+        if len(own) > 1:
+            # Scales in rows, or those of an ordinary tensor.
+            entry[names[1]] = own[1] if ends_with_rows(param) else own[1].flatten(-2)
+    return entry
+
+
+def _inside(x: Tensor, param: Any, lead: int) -> Tensor:
+    """What this process holds of a whole tensor that is placed as a parameter is."""
+    size, offset = part_of(param, x.shape[lead:])
+    for dim, (length, first) in enumerate(zip(size, offset), lead):
+        x = x.narrow(dim, first if length else 0, length)
+    return x.contiguous()
+
+
+def _is_placed(x: Any, param: Any, lead: int) -> bool:
+    if not is_sharded(x) or x.device_mesh != param.device_mesh:
+        return False
+    return list(x.placements) == [_shifted(placement, lead) for placement in param.placements]
+
+
+def _scales_of_rows(absmax: Tensor, param: Any, lead: int) -> Tensor | None:
+    """Scales of a whole tensor as (rows, blocks of a row); None if it has other blocks."""
+    rows, row = param.shape[0] if param.dim() else 1, row_of(param)
+    shape = (rows, -(-row // BLOCK))
+    if absmax.shape[lead:] == shape:
+        return absmax
+    if row % BLOCK == 0 and absmax.shape[lead:] == (rows * row // BLOCK,):
+        return absmax.view(*absmax.shape[:lead], *shape)
+    return None
+
+
+def _decoded(codes: Tensor, absmax: Tensor, qmap: Any, lead: int) -> Tensor:
+    """The states of whole tensors as float32."""
+    pairs = zip(codes, absmax) if lead else [(codes, absmax)]
+    states = [
+        decode({"state1": c, "absmax1": x, "qmap1": qmap}, 0, c.numel()).view(c.shape) for c, x in pairs
+    ]
+    return torch.stack(states) if lead else states[0]
