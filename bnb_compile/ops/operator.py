@@ -137,8 +137,9 @@ class Options:
         return Modes(**{name: given.get(name, getattr(self, name)) for name in Modes._fields})
 
 
-#: Names of the options, which Dynamo of torch 2.11 cannot ask an instance for.
+#: Names of the options, and of those that are only read; Dynamo cannot ask an instance for them.
 OPTIONS = tuple(field.name for field in dataclasses.fields(Options))
+READ_OPTIONS = tuple(name for name in OPTIONS if name not in Options.written())
 
 
 class Arena(NamedTuple):

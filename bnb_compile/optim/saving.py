@@ -71,17 +71,22 @@ def _of_all_processes(place: Place, saved: dict[str, Any]) -> dict[str, Any]:
     if can_be_placed(param) or not any(key.startswith("absmax") for key in saved):
         return to_global(saved, param)
     # Its blocks are those of columns, which no other mesh has: encode those of whole rows.
-    own = bucket.saved(k)
-    rest = {key: x for key, x in saved.items() if not key.startswith(("state", "absmax", "qmap"))}
-    for stored in bucket.op.stored:
-        numel = bucket.local[k].numel()
-        values = [moved(x.contiguous(), param) for x in own.values(stored, numel)]
-        placed = values[0][1]
-        (slot,) = layout([placed.to_local().numel()], (row_of(param), 0, 0)).slots
-        parts = encode(stored, [x for x, _ in values], slot)
-        entries = stored.format.entries(parts, stored.states[0] + 1, placed.to_local().shape)
-        rest.update(to_global(entries, placed))
-    return rest
+    own, numel = bucket.saved(k), bucket.local[k].numel()
+    found = {key: x for key, x in saved.items() if not key.startswith(("state", "absmax", "qmap"))}
+    for number, members in enumerate(bucket.numbers, 1):
+        of_members: list[dict[str, Tensor]] = []
+        for state in members:
+            (stored,) = (stored for stored in bucket.op.stored if stored.states == (state,))
+            values, placed = moved(own.values(stored, numel)[0], param)
+            (slot,) = layout([values.numel()], (row_of(param), 0, 0)).slots
+            parts = encode(stored, [values], slot)
+            of_members.append(stored.format.entries(parts, number, placed.to_local().shape))
+        entry = of_members[0]
+        if len(members) > 1:
+            entry = {key: torch.stack([x[key] for x in of_members]) for key in entry if "qmap" not in key}
+            entry |= {key: x for key, x in of_members[0].items() if "qmap" in key}
+        found.update(to_global(entry, placed))
+    return found
 
 
 @torch._disable_dynamo

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import backends
 from ..formats import Geometry, Part, Slot, Stored, layout
-from ..ops.operator import Arguments, Modes, Options, StepOp
+from ..ops.operator import READ_OPTIONS, Arguments, Modes, Options, StepOp
 from ..ops.step import parts_of
 from . import paging
 from .checkpoint import RING, Numbers, SavedState, encode
@@ -250,7 +250,7 @@ class Bucket:
             tensors = self.local, grads.of(dtype), *self.arenas, self.step, self.hyper.table
             options = self.options.arguments()
             if self.totals is not None:
-                given = {name: x for name, x in options.items() if name not in Options.written()}
+                given = {name: options[name] for name in READ_OPTIONS}
                 self.totals.copy_(self._total(self.op.measure(*tensors, **given)))
             if compiled:
                 self._launcher(grads.of(dtype), dtype)
