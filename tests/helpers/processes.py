@@ -100,9 +100,8 @@ def _serve(pipe: Connection) -> None:
                 timeout=datetime.timedelta(seconds=LIMIT),
             )
             result = False, function(*args)
+            dist.destroy_process_group()
         except BaseException:
+            # The others may wait for this one: nothing is tidied up, they are all stopped.
             result = True, traceback.format_exc()
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
         pipe.send(result)

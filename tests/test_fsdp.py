@@ -1,0 +1,250 @@
+"""FSDP2 in all its forms, with the state dicts of torch.distributed.checkpoint.
+
+Every rank is given the same batch, so that gradients are those of one process to the bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import processes
+from torch import Tensor, nn
+
+import bnb_compile as bnb
+
+AdamW8bit, LAMB32bit, SGD8bit = bnb.optim.AdamW8bit, bnb.optim.LAMB32bit, bnb.optim.SGD8bit
+
+
+class Net(nn.Module):
+    """Rows that are blocks in the first layer, and others; 65 and 37 rows are uneven shards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(256, 100)
+        self.second = nn.Linear(100, 65)
+        self.third = nn.Linear(65, 37, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(torch.relu(self.second(torch.relu(self.first(x)))))
+
+
+def shard(model: nn.Module, **options: Any) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.children():
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def batch(t: int) -> Tensor:
+    torch.manual_seed(t)
+    return torch.randn(8, 256)
+
+
+def train(model: nn.Module, optimizer: Any, steps: range) -> None:
+    for t in steps:
+        model(batch(t)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def whole(model: nn.Module) -> list[Tensor]:
+    return [p.full_tensor().detach() if hasattr(p, "full_tensor") else p.detach() for p in model.parameters()]
+
+
+def forms() -> dict[str, Callable[[], dict[str, Any]]]:
+    """Arguments of fully_shard."""
+
+    def mixed() -> dict[str, Any]:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        return {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
+
+    def offload() -> dict[str, Any]:
+        from torch.distributed.fsdp import CPUOffloadPolicy
+
+        return {"offload_policy": CPUOffloadPolicy(pin_memory=False)}
+
+    def hybrid() -> dict[str, Any]:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return {"mesh": init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))}
+
+    def cpu() -> dict[str, Any]:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return {"mesh": init_device_mesh("cpu", (torch.distributed.get_world_size(),))}
+
+    return {
+        "plain": cpu,
+        "mixed": lambda: {**cpu(), **mixed()},
+        "offload": lambda: {**cpu(), **offload()},
+        "kept": lambda: {**cpu(), "reshard_after_forward": False},
+        "hybrid": hybrid,
+    }
+
+
+CLASSES = {"AdamW8bit": AdamW8bit, "SGD8bit": SGD8bit, "LAMB32bit": LAMB32bit}
+
+
+def make(name: str, model: nn.Module) -> Any:
+    given: dict[str, Any] = {"momentum": 0.9} if name == "SGD8bit" else {}
+    if name != "LAMB32bit":
+        given["min_8bit_size"] = 0
+    return CLASSES[name](model.parameters(), lr=1e-2, **given)
+
+
+def trained(form: str, name: str) -> list[Tensor]:
+    model = shard(Net(), **forms()[form]())
+    optimizer = make(name, model)
+    train(model, optimizer, range(4))
+    return whole(model)
+
+
+def all_forms(chosen: list[str]) -> dict[tuple[str, str], list[Tensor]]:
+    return {(form, name): trained(form, name) for form in chosen for name in CLASSES}
+
+
+@pytest.fixture(scope="module")
+def on_one() -> dict:
+    return processes.run(1, all_forms, ["plain", "mixed", "offload", "kept"])[0]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_fully_shard_in_all_its_forms_computes_what_one_process_does(world: int, on_one: dict) -> None:
+    for of_rank in processes.run(world, all_forms, ["plain", "mixed", "offload", "kept"]):
+        for (form, name), params in of_rank.items():
+            for k, (a, e) in enumerate(zip(params, on_one[form, name])):
+                if world == 3:  # a mean of three is rounded
+                    assert (a - e).abs().max() <= 2e-2, (form, name, k)
+                elif name == "LAMB32bit":
+                    torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
+                else:
+                    assert torch.equal(a, e), (form, name, k)
+
+
+def test_hybrid_sharding_computes_what_one_process_does(on_one: dict) -> None:
+    for of_rank in processes.run(4, all_forms, ["hybrid"]):
+        for (_, name), params in of_rank.items():
+            for a, e in zip(params, on_one["plain", name]):
+                torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
+
+
+# -- state dicts ---------------------------------------------------------------------------------------------
+
+
+def state_dicts() -> list[str]:
+    """Every way to save and load goes on bitwise; returns what went wrong."""
+    from torch.distributed.checkpoint import state_dict as dsd
+
+    mistakes = []
+    mesh = forms()["plain"]
+    options = {
+        "sharded": {},
+        "full": dict(full_state_dict=True),
+        "sharded on the cpu": dict(cpu_offload=True),
+        "flat": dict(flatten_optimizer_state_dict=True),
+        "from rank 0": dict(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True),
+    }
+    for name in CLASSES:
+        model = shard(Net(), **mesh())
+        optimizer = make(name, model)
+        train(model, optimizer, range(3))
+        saved = {}
+        for way, given in options.items():
+            chosen = dsd.StateDictOptions(**given)
+            saved[way] = (
+                dsd.get_model_state_dict(model, options=chosen),
+                dsd.get_optimizer_state_dict(model, optimizer, options=chosen),
+            )
+            if way != "from rank 0":
+                saved[way] = copy.deepcopy(saved[way])
+        own = copy.deepcopy(optimizer.state_dict())
+        weights = [p.detach().clone() for p in model.parameters()]
+        train(model, optimizer, range(3, 5))
+        expected = whole(model)
+        for way, given in options.items():
+            chosen = dsd.StateDictOptions(**given)
+            other = shard(Net(), **mesh())
+            fresh = make(name, other)
+            dsd.set_model_state_dict(other, saved[way][0], options=chosen)
+            dsd.set_optimizer_state_dict(other, fresh, saved[way][1], options=chosen)
+            train(other, fresh, range(3, 5))
+            if not all(map(torch.equal, whole(other), expected)):
+                mistakes.append(f"{name}: {way}")
+        other = shard(Net(), **mesh())
+        fresh = make(name, other)
+        with torch.no_grad():
+            for p, w in zip(other.parameters(), weights):
+                p.copy_(w)
+        buffer = io.BytesIO()
+        torch.save(own, buffer)
+        buffer.seek(0)
+        fresh.load_state_dict(torch.load(buffer, weights_only=True))
+        train(other, fresh, range(3, 5))
+        if not all(map(torch.equal, whole(other), expected)):
+            mistakes.append(f"{name}: torch.save")
+    return mistakes
+
+
+def test_every_way_to_save_a_state_dict_goes_on_bitwise() -> None:
+    assert processes.run(2, state_dicts) == [[], []]
+
+
+def to_plain() -> tuple[Any, list[Tensor], list[Tensor]]:
+    """The full state dict of a sharded optimizer, its weights, and those after another step."""
+    from torch.distributed.checkpoint import state_dict as dsd
+
+    model = shard(Net(), **forms()["plain"]())
+    optimizer = make("AdamW8bit", model)
+    train(model, optimizer, range(3))
+    full = dsd.get_optimizer_state_dict(
+        model, optimizer, options=dsd.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    weights = [w.clone() for w in whole(model)]
+    train(model, optimizer, range(3, 4))
+    return full, weights, whole(model)
+
+
+def from_plain(saved: dict, weights: list[Tensor]) -> list[Tensor]:
+    model = shard(Net(), **forms()["plain"]())
+    optimizer = make("AdamW8bit", model)
+    with torch.no_grad():
+        for p, w in zip(model.parameters(), weights):
+            p.copy_(torch.distributed.tensor.distribute_tensor(w, p.device_mesh, p.placements))
+    optimizer.load_state_dict(saved)
+    train(model, optimizer, range(3, 4))
+    return whole(model)
+
+
+def near(actual: list[Tensor], expected: list[Tensor], begin: list[Tensor]) -> None:
+    for k, (a, e, w) in enumerate(zip(actual, expected, begin)):
+        if k == 0:  # rows are blocks
+            assert torch.equal(a, e)
+        else:
+            assert (a - e).norm() <= 5e-2 * (e - w).norm() + 1e-6, k
+
+
+def test_a_plain_optimizer_goes_on_from_a_sharded_one_and_the_reverse() -> None:
+    full, weights, expected = processes.run(2, to_plain)[0]
+    model = Net()
+    optimizer = make("AdamW8bit", model)
+    with torch.no_grad():
+        for p, w in zip(model.parameters(), weights):
+            p.copy_(w)
+    names = [name for name, _ in model.named_parameters()]
+    index = {name: k for k, name in enumerate(names)}
+    groups = [{**g, "params": [index[n] for n in g["params"]]} for g in full["param_groups"]]
+    optimizer.load_state_dict(
+        {"state": {index[n]: s for n, s in full["state"].items()}, "param_groups": groups}
+    )
+    saved = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, range(3, 4))
+    near(whole(model), expected, weights)
+    near(processes.run(2, from_plain, saved, weights)[0], whole(model), weights)
