@@ -65,7 +65,7 @@ from .options import ARGS, PAGED_SIZE, check_args, format_of
 _COMPILES_VIEWS = torch.__version__ >= "2.13"
 
 
-_SPECS = attrgetter("shape", "dtype", "device")
+_SPECS, _SPEC = attrgetter("shape", "dtype", "device"), attrgetter("_spec")
 
 
 def params_of(groups: Iterable[Mapping[str, Any]]) -> list[Tensor]:
@@ -97,7 +97,7 @@ class Changes(OpaqueBase):
         self._seen: Any = None  # what the structure was formed from
         self._placed: list[Tensor] = []  # what a step may update
         self._members: list[Tensor] = []  # what has a place, with those that are in no group now
-        self._specs: list[Any] = []
+        self._specs: Any = []
         self._addresses: Any = None
         self._sharded = False  # whether some parameter is a DTensor
         self._waiting: list[Tensor] = []  # parameters of groups that had no gradient to wait for
@@ -175,13 +175,13 @@ class Changes(OpaqueBase):
             return "optimizer.state was replaced"
         if self._facts() != self._seen:
             return "groups or options have changed"
-        if list(map(_SPECS, self._members)) != self._specs:
-            return "a parameter has another shape, dtype or device"
-        if any(param.requires_grad or param.grad is not None for param in self._waiting):
-            return "a parameter without a state has a gradient, or requires one"
         if self._sharded:
             for bucket in structure.buckets:
                 bucket.refresh()
+        if self._look_at_specs() != self._specs:
+            return "a parameter has another shape, dtype, device or placement"
+        if any(param.requires_grad or param.grad is not None for param in self._waiting):
+            return "a parameter without a state has a gradient, or requires one"
         if not backends.replaces_tensors() and (addresses := self._look_at_addresses()) != self._addresses:
             for param in self._placed:
                 check_parameter(param)
@@ -201,8 +201,17 @@ class Changes(OpaqueBase):
         optimizer.bring_max_grad_norm()
         return None
 
+    def _look_at_specs(self) -> Any:
+        if not self._sharded:
+            return list(map(_SPECS, self._members))
+        buckets = self.structure.buckets
+        placed = [id(spec) for b in buckets if b.kind.sharding is not None for spec in map(_SPEC, b.params)]
+        return [_SPECS(x) for bucket in buckets for x in bucket.local], placed
+
     def _look_at_addresses(self) -> Any:
-        return _addresses(list(map(local, self._placed)) if self._sharded else self._placed)
+        if not self._sharded:
+            return _addresses(self._placed)
+        return _addresses([x for bucket in self.structure.buckets for x in bucket.local])
 
     def _facts(self) -> Any:
         """What decides about buckets, but for the parameters themselves and their gradients."""
@@ -263,8 +272,8 @@ class Changes(OpaqueBase):
         self._seen = facts
         self._placed = [w.param for w in wanted]
         self._members = [param for bucket in structure.buckets for param in bucket.params]
-        self._specs = list(map(_SPECS, self._members))
         self._sharded = any(bucket.kind.sharding is not None for bucket in structure.buckets)
+        self._specs = self._look_at_specs()
         self._addresses = None if backends.replaces_tensors() else self._look_at_addresses()
         self._waiting = [
             param for param in params_of(optimizer.param_groups) if id(param) not in structure.places
@@ -320,13 +329,14 @@ class Changes(OpaqueBase):
         rule = optimizer.family.rule(config)
         op = step_op(rule, format_of(config, param.numel(), has_blocks(param)))
         clipped = config["percentile_clipping"] < 100
+        stochastic = optimizer.bf16_stochastic_round and param.dtype == torch.bfloat16
         modes = Modes(
             grad_scale=clipped or optimizer.max_grad_norm is not None or optimizer._step_supports_amp_scaling,
             max_unorm=config["max_unorm"] > 0,
             skip_zeros=config["skip_zeros"],
             block_wise=config["block_wise"] or not op.shared_in_blocks,
-            stochastic_round=optimizer.bf16_stochastic_round and param.dtype == torch.bfloat16,
-            rows=ends_with_rows(param),
+            stochastic_round=stochastic,
+            rows=ends_with_rows(param, op.shared_in_blocks, stochastic),
         )
         of = sharding_of(param)
         modes = modes._replace(totals=of is not None and modes.needs_totals)
@@ -357,7 +367,7 @@ class Changes(OpaqueBase):
                 tuple(map(float, family.initial(config))),
                 float(config["max_unorm"]),
                 config["percentile_clipping"],
-                geometry_of(param, numbers[id(param)]) if placed else None,
+                geometry_of(param, numbers[id(param)], kind.modes.rows) if placed else None,
             )
         yield from found.values()
 

@@ -16,7 +16,7 @@ from . import paging
 from .checkpoint import RING, Numbers, SavedState, encode
 from .gradients import Gradients
 from .hyper import HyperTable
-from .sharding import Sharding, local
+from .sharding import Sharding, locals_of
 from .watched import Entry, Listener
 
 
@@ -83,7 +83,7 @@ class Bucket:
         geometry: Sequence[Geometry] | None = None,
     ) -> None:
         self.kind, self.op, self.params = kind, kind.op, params
-        self.local = params if kind.sharding is None else [local(param) for param in params]
+        self.local = params if kind.sharding is None else locals_of(params)
         #: What the parameters are like, and what of their gradients this process must have.
         self.shapes = [param.shape for param in params]
         self.specs = [(param.shape, kind.device, torch.strided) for param in self.local]
@@ -281,8 +281,7 @@ class Bucket:
     def refresh(self) -> None:
         """Notice tensors that have been put in the place of those that this process held."""
         if self.kind.sharding is not None:
-            for k, param in enumerate(self.params):
-                self.local[k] = local(param)
+            self.local[:] = locals_of(self.params)
 
 
 def _in_rows(x: Tensor, part: Part, slot: Slot) -> Tensor:

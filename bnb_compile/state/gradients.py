@@ -54,7 +54,7 @@ def collect(
     if idle:
         grads = [None if k in idle else grad for k, grad in enumerate(grads)]
     if sharding is not None:
-        grads = [None if grad is None else sharding.local(grad) for grad in grads]
+        grads = sharding.locals(grads)
     if torch.compiler.is_compiling():
         dtypes = {_checked(spec, grad) for spec, grad in zip(specs, grads) if grad is not None}
         return Gradients(grads, tuple(sorted(dtypes, key=str)))

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -43,12 +44,24 @@ class Sharding(NamedTuple):
     mesh: Any
     placements: tuple[Any, ...]
 
-    def local(self, grad: Any) -> Tensor:
-        """What this process holds of a gradient, placed as its parameter is.
+    def locals(self, grads: Sequence[Any]) -> list[Tensor | None]:
+        """What this process holds of gradients, or None, placed as their parameters are.
 
         Raises:
-            ValueError: If it is not a DTensor of the same mesh.
+            ValueError: If one is not a DTensor of the same mesh.
         """
+        if not torch.compiler.is_compiling() and id(None) not in map(id, grads):
+            # The same, with loops in C. A graph would take the attribute for another input.
+            try:
+                if list(map(_PLACED, grads)) == [self] * len(grads):
+                    found = list(map(_LOCAL, grads))
+                    if set(map(type, found)) <= {Tensor}:
+                        return found
+            except AttributeError:  # an ordinary tensor
+                pass
+        return [None if grad is None else self._local(grad) for grad in grads]
+
+    def _local(self, grad: Any) -> Tensor:
         if not is_sharded(grad) or grad.device_mesh != self.mesh:
             where = f"on {grad.device_mesh}" if is_sharded(grad) else "an ordinary tensor"
             raise ValueError(f"a gradient is {where}, of a parameter that is a DTensor on {self.mesh}")
@@ -71,6 +84,9 @@ class Sharding(NamedTuple):
         return x
 
 
+_LOCAL, _PLACED = attrgetter("_local_tensor"), attrgetter("_spec.mesh", "_spec.placements")
+
+
 def is_sharded(x: Any) -> bool:
     """Whether something is a DTensor; does not import them where nothing can be one."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -88,6 +104,12 @@ def local(param: Any) -> Tensor:
         return param
     with torch.no_grad():
         return _waited(param.to_local())
+
+
+def locals_of(params: Sequence[Any]) -> list[Tensor]:
+    """As `local`, of many DTensors outside of a graph."""
+    found = list(map(_LOCAL, params))
+    return found if set(map(type, found)) <= {Tensor} else list(map(local, params))
 
 
 def _waited(x: Any) -> Tensor:
@@ -124,19 +146,27 @@ def has_blocks(param: Any) -> bool:
     return not is_sharded(param) or row_of(param) >= SHORTEST_ROW
 
 
-def ends_with_rows(param: Any) -> bool:
-    """Whether the layout is not that of an ordinary tensor; the same in every process."""
+def ends_with_rows(param: Any, shares: bool = True, numbered: bool = False) -> bool:
+    """Whether the layout is not that of an ordinary tensor; the same in every process.
+
+    Args:
+        param: The parameter.
+        shares: Whether its states share something in blocks.
+        numbered: Whether a step must know the numbers of its elements.
+    """
     if not is_sharded(param) or param.dim() < 2:
         return False
-    return row_of(param) % BLOCK != 0 or any(dim > 0 for dim in _dims(param))
+    later = any(dim > 0 for dim in _dims(param))
+    return (shares and (later or row_of(param) % BLOCK != 0)) or (numbered and later)
 
 
-def geometry_of(param: Any, number: int) -> Geometry:
+def geometry_of(param: Any, number: int, rows: bool) -> Geometry:
     """Which elements this process holds.
 
     Args:
         param: The parameter.
         number: Its place among all parameters of the optimizer.
+        rows: Whether it `ends_with_rows`.
     """
     key = number * _GOLDEN & 0xFFFFFFFF
     if not is_sharded(param):
@@ -144,7 +174,7 @@ def geometry_of(param: Any, number: int) -> Geometry:
     size, offset = part_of(param, param.shape)
     strides = [math.prod(param.shape[d + 1 :]) for d in range(param.dim())]
     first = key + sum(o * s for o, s in zip(offset, strides))
-    if not ends_with_rows(param):
+    if not rows:
         return Geometry(0, 0, first)
     cut = max([1, *_dims(param)])
     return Geometry(max(math.prod(size[cut:]), 1), math.prod(param.shape[cut:]), first)
