@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bnb_compile.formats import Slot, layout
 from bnb_compile.lowering.cpp.launch import Launcher
-from bnb_compile.ops.operator import Modes, StepOp
+from bnb_compile.ops.operator import Arguments, Modes, StepOp
 from bnb_compile.ops.step import parts_of
 
 pytestmark = pytest.mark.core
@@ -174,3 +174,53 @@ def test_a_geometry_that_does_not_fit_raises(geometry: list[int], mistake: str) 
     made = make(op, [(2, 300)])
     with pytest.raises(ValueError, match=mistake):
         op.in_place(*made.arguments, **made.options, geometry=geometry)
+
+
+@pytest.mark.parametrize("path", [eager, launch, graph, triton])
+@pytest.mark.parametrize(
+    "name, bits, modes",
+    [
+        ("lamb", 32, Modes(max_unorm=True)),
+        ("adam", 8, Modes(block_wise=False, max_unorm=True, grad_scale=True)),
+    ],
+    ids=["lamb", "one scale"],
+)
+def test_parts_that_know_what_all_have_found_are_the_whole(
+    path: Callable, name: str, bits: int, modes: Modes
+) -> None:
+    op = STEP_OPS[name, bits]
+    whole = in_rows(op, modes)
+    pieces, geometry = [], []
+    for k, (count, row) in enumerate(SHAPES):
+        for r, n in ((0, count // 2), (count // 2, count - count // 2)):
+            pieces.append((k, r, n))
+            geometry += [row, row, 1000 + r * row]
+    parts = cut(op, whole, pieces, geometry)
+    index = [k for k, _, _ in pieces]
+    for option in ("max_unorm", "unorm", "grad_scale"):
+        if option in parts.options:
+            parts.options[option] = parts.options[option][index].clone()
+    read = {option: x for option, x in parts.options.items() if option != "unorm"}
+    found = op.measure(*parts.arguments, **read)
+    if path in (launch, graph):
+        measured = {
+            launch: lambda: Launcher(
+                op, Arguments.of(parts.arguments, {**parts.options, "totals": found})
+            ).measure(parts.grads, torch.float32),
+            graph: lambda: torch.compile(op.measure, fullgraph=True)(*parts.arguments, **read),
+        }[path]()
+        used = [k for k in range(len(pieces)) if read.get("grad_scale", torch.ones(99))[k].isfinite()]
+        torch.testing.assert_close(measured[used], found[used], rtol=1e-5, atol=1e-8)
+    together = torch.stack([found[::2, :2] + found[1::2, :2]]).squeeze(0)
+    totals = torch.cat([together, torch.maximum(found[::2, 2:], found[1::2, 2:])], 1)
+    parts.options["totals"] = totals.repeat_interleave(2, 0)
+    eager(op, whole)
+    path(op, parts)
+    expected = cut(op, whole, pieces, geometry)
+    expected.options.update({k: parts.options[k] for k in ("unorm",)})
+    assert_close(op, parts, expected)
+    finite = parts.options.get("grad_scale", torch.ones(len(index))).isfinite()
+    used = [k for k, (_, _, n) in enumerate(pieces) if finite[k] and n]  # an empty tensor may have no address
+    torch.testing.assert_close(
+        parts.options["unorm"][used], whole.options["unorm"][index][used], rtol=1e-5, atol=1e-12
+    )

@@ -54,6 +54,10 @@ class AbstractLauncher:
         """As `compile`, with whatever exceptions compilers raise."""
         raise NotImplementedError
 
+    def measure(self, grads: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
+        """What the measure operator returns; None if there is no kernel for it."""
+        return None
+
     def launch(self, grads: Sequence[Tensor | None], dtype: torch.dtype) -> None:
         """Run the kernel.
 

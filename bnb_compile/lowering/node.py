@@ -81,9 +81,13 @@ class AbstractStepNode(AbstractKernelNode):
         self.tensors = dict(zip(others, self.real(list(others.values()))))
         self.param_dtype = self.params[0].get_dtype()
         self.grad_dtype = self.present[0].get_dtype() if self.present else self.param_dtype
-        written = [*a.params, *a.arenas, a.step, *(scratch or {}).values()]
-        written += [x for name, x in a.options.tensors.items() if name in Options.written()]
-        super().__init__([*self.params, *self.present, *self.tensors.values()], written)
+        inputs = [*self.params, *self.present, *self.tensors.values()]
+        super().__init__(inputs, self.written(a, scratch or {}))
+
+    def written(self, a: Arguments, scratch: dict[str, Any]) -> list[Any]:
+        """What the kernels write."""
+        options = [x for name, x in a.options.tensors.items() if name in Options.written()]
+        return [*a.params, *a.arenas, a.step, *scratch.values(), *options]
 
 
 def describe_strides(size: Sequence[int], stride: Sequence[int]) -> list[tuple[int, int]] | None:

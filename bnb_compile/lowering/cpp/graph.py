@@ -16,13 +16,15 @@ from .formats import TYPES
 class CppStepNode(AbstractStepNode):
     """One C++ kernel; the parameters are its arguments, their shapes constants in its text."""
 
+    measure = False
+
     def codegen(self, code: Any) -> None:
         """See `AbstractKernelNode`."""
         param, grad = TYPES[self.param_dtype], TYPES[self.grad_dtype]
         tensors = {f"p{k}": f"{param}*" for k in range(len(self.params))}
         tensors |= {f"g{k}": f"const {grad}*" for k, x in enumerate(self.grads) if x is not None}
-        state = source.state_arguments(self.op, self.modes)
-        name = wrapper.cpp_name(code, f"cpp_{self.op.name}")
+        state = source.state_arguments(self.op, self.modes, self.measure)
+        name = wrapper.cpp_name(code, f"cpp_{self.op.name}{'_measure' if self.measure else ''}")
         text = source.kernel(
             self.op,
             self.modes,
@@ -31,6 +33,7 @@ class CppStepNode(AbstractStepNode):
             self.grad_dtype,
             ", ".join(f"{type_} {argument}" for argument, type_ in tensors.items()),
             self._rows(),
+            self.measure,
         )
         inputs = [*self.params, *self.present, *(self.tensors[argument] for argument in state)]
         wrapper.call_cpp(code, name, text, [*tensors.values(), *state.values()], inputs)
@@ -54,6 +57,16 @@ class CppStepNode(AbstractStepNode):
             print_rows("Parameter", rows, strides)
             + f"\n  const int64_t elements = {places.elements}, blocks = {places.blocks};"
         )
+
+
+class CppMeasureNode(CppStepNode):
+    """What a step must know of whole parameters, written to ``found``."""
+
+    measure = True
+
+    def written(self, a: Arguments, scratch: dict[str, Any]) -> list[Any]:
+        """See `AbstractStepNode`."""
+        return list(scratch.values())
 
 
 class CppNormsNode(AbstractKernelNode):
@@ -85,6 +98,11 @@ class CppNormsNode(AbstractKernelNode):
 def lower_step(op: StepOp, a: Arguments) -> None:
     """Lower a step operator."""
     CppStepNode(op, a)
+
+
+def lower_measure(op: StepOp, a: Arguments, found: Any) -> None:
+    """Lower a measure operator."""
+    CppMeasureNode(op, a, {"found": found})
 
 
 def lower_norms(xs: Sequence[Any], out: Any) -> None:

@@ -25,14 +25,18 @@ from . import source
 _COMPILING = threading.RLock()  # tracing patches torch, and one compilation is enough for all threads
 
 
-def compile_kernel(op: StepOp, modes: Modes, param_dtype: torch.dtype, grad_dtype: torch.dtype) -> Any:
+def compile_kernel(
+    op: StepOp, modes: Modes, param_dtype: torch.dtype, grad_dtype: torch.dtype, measure: bool = False
+) -> Any:
     """The kernel ``(table, count, elements, blocks, *tensors)`` for these dtypes on the CPU."""
     with _COMPILING:
-        return _compile_kernel(op, modes, param_dtype, grad_dtype)
+        return _compile_kernel(op, modes, param_dtype, grad_dtype, measure)
 
 
 @functools.cache
-def _compile_kernel(op: StepOp, modes: Modes, param_dtype: torch.dtype, grad_dtype: torch.dtype) -> Any:
+def _compile_kernel(
+    op: StepOp, modes: Modes, param_dtype: torch.dtype, grad_dtype: torch.dtype, measure: bool
+) -> Any:
     text = source.kernel(
         op,
         modes,
@@ -41,9 +45,10 @@ def _compile_kernel(op: StepOp, modes: Modes, param_dtype: torch.dtype, grad_dty
         grad_dtype,
         "const int64_t* table, int64_t count, int64_t elements, int64_t blocks",
         "const Parameter* rows = (const Parameter*)table;",
+        measure,
     )
     backends.counts["compiled"] += 1
-    types = ["const int64_t*", *["int64_t"] * 3, *source.state_arguments(op, modes).values()]
+    types = ["const int64_t*", *["int64_t"] * 3, *source.state_arguments(op, modes, measure).values()]
     return CppPythonBindingsCodeCache.load_pybinding(types, text)
 
 
@@ -62,18 +67,32 @@ class Launcher(AbstractLauncher):
     def load(self, dtype: torch.dtype) -> None:
         """See `AbstractLauncher`."""
         compile_kernel(self.op, self.modes, self.params[0].dtype, dtype)
+        if self.modes.totals:
+            compile_kernel(self.op, self.modes, self.params[0].dtype, dtype, measure=True)
 
     def launch(self, grads: Sequence[Tensor | None], dtype: torch.dtype) -> None:
         """See `AbstractLauncher`."""
+        self._run(grads, dtype, list(self.tensors.values()))
+
+    def measure(self, grads: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+        """See `AbstractLauncher`."""
+        found = torch.empty(len(self.params), 2 + self.op.maxima, dtype=torch.float64, device="cpu")
+        tensors = self.tensors | {"found": found}
+        arguments = source.state_arguments(self.op, self.modes, measure=True)
+        self._run(grads, dtype, [tensors[name] for name in arguments], measure=True)
+        return found
+
+    def _run(
+        self, grads: Sequence[Tensor | None], dtype: torch.dtype, tensors: list[Tensor], measure: bool = False
+    ) -> None:
         pointers = _integers([addresses(self.params), addresses(grads)])
         self.pointers.copy_(pointers.t())
         present = [grad for grad in grads if grad is not None]
         contiguous = all(map(Tensor.is_contiguous, self.params)) and all(map(Tensor.is_contiguous, present))
         if not contiguous or self.strides:
             self._describe_strides(grads)
-        kernel = compile_kernel(self.op, self.modes, self.params[0].dtype, dtype)
-        places = self.places
-        kernel(self.table, len(self.params), places.elements, places.blocks, *self.tensors.values())
+        kernel = compile_kernel(self.op, self.modes, self.params[0].dtype, dtype, measure)
+        kernel(self.table, len(self.params), self.places.elements, self.places.blocks, *tensors)
 
     def _describe_strides(self, grads: Sequence[Tensor | None]) -> None:
         self.strides = []

@@ -95,13 +95,18 @@ def _tensors() -> str:
     return f"constexpr int BLOCK = {BLOCK};\n{header('tensors.h')}"
 
 
-def state_arguments(op: StepOp, modes: Modes) -> dict[str, str]:
-    """Names and C++ types of the arguments after the parameters."""
+def state_arguments(op: StepOp, modes: Modes, measure: bool = False) -> dict[str, str]:
+    """Names and C++ types of the arguments after the parameters; see `kernel`."""
     written = {arena.name for arena in op.arenas} | {"step", *Options.written()}
-    return {
+    arguments = {
         name: f"{'' if name in written else 'const '}{TYPES[dtype]}*"
         for name, dtype in kernel_arguments(op, modes).items()
     }
+    if measure:
+        for name in ("max_unorm", "unorm", "totals"):
+            arguments.pop(name, None)
+        arguments["found"] = "double*"
+    return arguments
 
 
 def flat_strides(dims: Sequence[tuple[int, int]]) -> list[int]:
@@ -132,6 +137,7 @@ def kernel(
     grad_dtype: torch.dtype,
     arguments: str,
     rows: str,
+    measure: bool = False,
 ) -> str:
     """Source of a kernel.
 
@@ -144,19 +150,25 @@ def kernel(
         arguments: C++ parameters before those of `state_arguments`.
         rows: Statements that leave ``const Parameter* rows``, ``int64_t count``, and the number of
             ``elements`` and ``blocks`` of the arenas, unless these are arguments.
+        measure: Whether it is the kernel of the measure operator, which writes ``found``.
     """
     _warn_without_vectors()
-    declarations = [f"{type_} {argument}" for argument, type_ in state_arguments(op, modes).items()]
-    given = state_arguments(op, modes)
+    given = state_arguments(op, modes, measure)
+    declarations = [f"{type_} {argument}" for argument, type_ in given.items()]
     options = ", ".join(name if name in given else "nullptr" for name in Options.dtypes())
+    dtypes = f"{TYPES[param_dtype]}, {TYPES[grad_dtype]}"
+    call = f"update_bucket<{dtypes}>(\n      rows, count, storage, step, hyper, {options});"
+    if measure:
+        scale = "grad_scale" if "grad_scale" in given else "nullptr"
+        call = f"""const auto whole = measure_bucket<{dtypes}>(rows, count, storage, step, hyper, {scale});
+  for (int64_t k = 0; k < count; k++) whole[k].write(found + k * whole[k].COLUMNS);"""
     return _function(
         name,
         _body(op, modes),
         ", ".join(filter(None, [arguments, *declarations])),
         f"""{rows}
   {formats.storage(op)}
-  update_bucket<{TYPES[param_dtype]}, {TYPES[grad_dtype]}>(
-      rows, count, storage, step, hyper, {options});""",
+  {call}""",
     )
 
 

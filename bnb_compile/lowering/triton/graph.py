@@ -15,7 +15,7 @@ from .. import _inductor, wrapper
 from .._inductor import V, lowerings
 from ..node import AbstractKernelNode, AbstractStepNode, empty, static
 from . import formats, source
-from .plan import Launch, plan, spans
+from .plan import Launch, one_row, plan, spans
 
 
 def lower_step(op: StepOp, a: Arguments) -> None:
@@ -28,10 +28,13 @@ def lower_step(op: StepOp, a: Arguments) -> None:
         "scalars": empty([n, scalars], torch.float32, device),
     }
     constants = {"present": torch.tensor([int(grad is not None) for grad in a.grads])}
-    if op.modes(a.options).two_phases:
-        programs, columns = sum(launch.programs for launch in launches), source.measured_columns(op)
-        scratch["found"] = empty([max(programs, 1), 1 + columns], torch.float32, device)
+    modes, columns = op.modes(a.options), source.measured_columns(op)
+    if modes.needs_totals:
         scratch["measured"] = empty([n, columns], torch.float32, device)
+        constants["spans"] = one_row(n)
+    if modes.two_phases:
+        programs = sum(launch.programs for launch in launches)
+        scratch["found"] = empty([max(programs, 1), 1 + columns], torch.float32, device)
         constants["spans"] = spans(launches, n)
     constants |= formats.tables(op)
     constants |= {
@@ -131,6 +134,7 @@ class TritonStepNode(AbstractStepNode):
                 arguments = source.step_arguments(op, modes, launch.variant, measure=True)
                 call("_measure", measure, arguments, k, programs=launch.programs)
                 base += launch.programs
+        if modes.needs_totals:
             arguments = source.finish_arguments(modes)
             call("_finish", lambda name: source.finish_kernel(op, modes, name), arguments, programs=n)
         for k, launch in enumerate(self.launches):

@@ -257,7 +257,10 @@ def finish_program(
     UNIT: tl.constexpr,
     trust_ratio,
 ):
-    """Add up what was found of one parameter; `spans` is (n, 2) int64, the rows of `found` that are its."""
+    """Add up what was found of one parameter; `spans` is (n, 2) int64, the rows of `found` that are its.
+
+    Of a parameter that is a part of a tensor `found` has one row, in float64: the option `totals`.
+    """
     COLUMNS: tl.constexpr = 2 + MAXIMA
     k = tl.program_id(0).to(tl.int64)
     begin = tl.load(spans + 2 * k)
@@ -288,7 +291,7 @@ def finish_program(
         first = begin
         while first < end:
             row = found + (first + lane) * COLUMNS
-            largest = tl.maximum(largest, tl.load(row + 2 + m, first + lane < end, 0.0))
+            largest = tl.maximum(largest, tl.load(row + 2 + m, first + lane < end, 0.0).to(tl.float32))
             first += 1024
         tl.store(measured + k * (1 + MAXIMA) + 1 + m, tl.max(largest))
 

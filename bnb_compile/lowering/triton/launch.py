@@ -14,7 +14,7 @@ from ...rules.trace import trace_rule
 from .._inductor import PyCodeCache
 from ..launcher import AbstractLauncher, addresses
 from . import formats, source
-from .plan import Launch, plan, spans
+from .plan import Launch, one_row, plan, spans
 
 
 def _load(text: str, name: str) -> Any:
@@ -83,6 +83,7 @@ class Launcher(AbstractLauncher):
                 arguments = source.step_arguments(op, modes, launch.variant, measure=True)
                 run(measure, launch.programs, arguments, **tables)
                 base += launch.programs
+        if modes.needs_totals:
             run(_kernel(source.finish_kernel, op, modes), n, source.finish_arguments(modes))
         for launch, tables in self._launches:
             update = _kernel(source.step_kernel, op, modes, *dtypes, launch.variant)
@@ -138,9 +139,11 @@ class Launcher(AbstractLauncher):
             (launch, {name: table.to(self.device) for name, table in launch.tables.items()})
             for launch in launches
         ]
+        empty = functools.partial(torch.empty, dtype=torch.float32, device=self.device)
+        if self.modes.needs_totals:
+            self.tensors["measured"] = empty(len(pairs), source.measured_columns(self.op))
+            self.tensors["spans"] = one_row(len(pairs)).to(self.device)
         if self.modes.two_phases:
             programs, columns = sum(launch.programs for launch in launches), source.measured_columns(self.op)
-            empty = functools.partial(torch.empty, dtype=torch.float32, device=self.device)
             self.tensors["spans"] = spans(launches, len(pairs)).to(self.device)
             self.tensors["found"] = empty(programs, 1 + columns)
-            self.tensors["measured"] = empty(len(pairs), columns)

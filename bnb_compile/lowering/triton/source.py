@@ -149,7 +149,7 @@ def step_arguments(op: StepOp, modes: Modes, variant: Variant, measure: bool = F
     arguments += ["step"] if modes.stochastic_round and not measure else []
     if measure:
         arguments.append("found")
-    elif modes.two_phases:
+    elif modes.needs_totals:
         arguments.append("measured")
     return arguments
 
@@ -221,7 +221,7 @@ def step_kernel(
     """Source of the kernel that updates a bucket."""
     own = dict(
         step="step" if modes.stochastic_round else None,
-        measured="measured" if modes.two_phases else None,
+        measured="measured" if modes.needs_totals else None,
         MAX_UNORM=modes.max_unorm,
         BLOCK_WISE=modes.block_wise,
         update="update",
@@ -252,7 +252,7 @@ def finish_arguments(modes: Modes) -> list[str]:
     """Names of the arguments of `finish_kernel`, all pointers."""
     options = [name for name in ("grad_scale", "max_unorm") if getattr(modes, name)]
     options += ["unorm"] if modes.max_unorm else []
-    return ["addresses", "found", "spans", "scalars", *options, "measured"]
+    return ["addresses", "totals" if modes.totals else "found", "spans", "scalars", *options, "measured"]
 
 
 def finish_kernel(op: StepOp, modes: Modes, name: str) -> str:
@@ -264,7 +264,7 @@ def finish_kernel(op: StepOp, modes: Modes, name: str) -> str:
         "finish_program",
         addresses="addresses",
         grad_scale="grad_scale" if modes.grad_scale else None,
-        found="found",
+        found="totals" if modes.totals else "found",
         spans="spans",
         scalars="scalars",
         max_unorm="max_unorm" if modes.max_unorm else None,
