@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 import bnb_compile as bnb
 
+pytestmark = pytest.mark.long
+
 AdamW8bit, LAMB32bit, SGD8bit = bnb.optim.AdamW8bit, bnb.optim.LAMB32bit, bnb.optim.SGD8bit
 
 

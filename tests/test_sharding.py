@@ -5,6 +5,7 @@ Every rank is given the whole gradients, so that a mesh of one process is the re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from helpers import processes
 from torch import Tensor, nn
 
 import bnb_compile as bnb
+
+pytestmark = pytest.mark.long
 
 #: By name: the mesh's shape, and the placement in each of its dimensions: a letter, or a number for Shard.
 MESHES = {
@@ -51,11 +54,8 @@ def mesh_of(name: str) -> tuple[Any, list[Any]]:
     return init_device_mesh("cpu", shape, mesh_dim_names=names), placements(text)
 
 
-class Case(dict):
-    """A class of optimizers and its arguments, with dtype and shapes of the parameters."""
-
-
 def case(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[str, torch.dtype, dict]:
+    """A class, the dtype of the parameters, and its arguments."""
     return name, dtype, options
 
 
@@ -239,11 +239,19 @@ def resume(mesh_name: str, folder: str) -> dict[str, list[Tensor]]:
     return results
 
 
-@pytest.fixture(scope="module", params=["one", "two", "three"])
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
-    folder = str(tmp_path_factory.mktemp(request.param))
-    world = torch.Size(MESHES[request.param][0]).numel()
-    return folder, processes.run(world, save, request.param, folder)[0]
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[str, dict]]:
+    """By mesh: where its checkpoints are, and the parameters of the run that saved them."""
+    found = {}
+
+    def save_on(mesh_name: str) -> tuple[str, dict]:
+        if mesh_name not in found:
+            folder = str(tmp_path_factory.mktemp(mesh_name))
+            world = torch.Size(MESHES[mesh_name][0]).numel()
+            found[mesh_name] = folder, processes.run(world, save, mesh_name, folder)[0]
+        return found[mesh_name]
+
+    return save_on
 
 
 def test_what_columns_have_saved_other_meshes_load(on_one: dict, tmp_path: Any) -> None:
@@ -260,11 +268,23 @@ def test_what_columns_have_saved_other_meshes_load(on_one: dict, tmp_path: Any) 
                     assert (a - e).float().norm() <= 5e-2 * (e - x).float().norm(), (name, a.shape, mesh_name)
 
 
-@pytest.mark.parametrize("mesh_name", ["one", "two", "three", "hybrid"])
-def test_a_distributed_checkpoint_goes_on_bitwise_on_any_mesh(saved: tuple, mesh_name: str) -> None:
-    folder, expected = saved
-    world = torch.Size(MESHES[mesh_name][0]).numel()
-    actual = processes.run(world, resume, mesh_name, folder)[0]
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("two", "one"),
+        ("one", "two"),
+        ("two", "three"),
+        ("three", "two"),
+        ("two", "hybrid"),
+        ("hybrid", "one"),
+    ],
+)
+def test_a_distributed_checkpoint_goes_on_bitwise_on_any_mesh(
+    saved: Callable, before: str, after: str
+) -> None:
+    folder, expected = saved(before)
+    world = torch.Size(MESHES[after][0]).numel()
+    actual = processes.run(world, resume, after, folder)[0]
     for name in SAVED:
         for k, (a, e) in enumerate(zip(actual[name], expected[name])):
             assert torch.equal(a, e), (name, SHAPES[k])
