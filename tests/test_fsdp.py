@@ -250,3 +250,41 @@ def test_a_plain_optimizer_goes_on_from_a_sharded_one_and_the_reverse() -> None:
     train(model, optimizer, range(3, 4))
     near(whole(model), expected, weights)
     near(processes.run(2, from_plain, saved, weights)[0], whole(model), weights)
+
+
+# -- FSDP1 ---------------------------------------------------------------------------------------------------
+
+
+def with_fsdp1(original: bool) -> list[str]:
+    """Elementwise steps are right in pieces; what needs whole parameters raises."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    mistakes = []
+    plain = Net()
+    reference = bnb.optim.AdamW32bit(plain.parameters(), lr=1e-2)
+    train(plain, reference, range(3))
+    model = FSDP(Net(), device_id=torch.device("cpu"), use_orig_params=original)
+    optimizer = bnb.optim.AdamW32bit(model.parameters(), lr=1e-2)
+    train(model, optimizer, range(3))
+    with FSDP.summon_full_params(model):
+        for a, e in zip(model.parameters(), plain.parameters()):
+            if not torch.allclose(a.view(-1)[: e.numel()], e.view(-1), atol=1e-6) and original:
+                mistakes.append(f"{tuple(e.shape)} differs")
+    for make_one in (
+        lambda p: LAMB32bit(p, lr=1e-2),
+        lambda p: AdamW8bit(p, lr=1e-2, max_grad_norm=1.0),
+        lambda p: AdamW8bit(p, lr=1e-2, percentile_clipping=5, min_8bit_size=0),
+        lambda p: AdamW8bit(p, lr=1e-2, block_wise=False, min_8bit_size=0),
+    ):
+        try:
+            train(model, make_one(model.parameters()), range(1))
+            mistakes.append("nothing was raised")
+        except ValueError as error:
+            if "use torch.distributed.fsdp.fully_shard" not in str(error):
+                mistakes.append(str(error))
+    return mistakes
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_fsdp1_steps_what_is_elementwise_and_refuses_the_rest(original: bool) -> None:
+    assert processes.run(2, with_fsdp1, original) == [[], []]

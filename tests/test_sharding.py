@@ -332,3 +332,65 @@ def test_gradients_that_are_clipped_in_the_graph_are_those_of_the_step() -> None
     expected, actual = processes.run(2, clip_and_step, False)[0], processes.run(2, clip_and_step, True)[0]
     for a, e, x in zip(actual, expected, initial(torch.float32)):
         assert (a - e).norm() <= 1e-2 * (e - x).norm()
+
+
+# -- what cannot be ------------------------------------------------------------------------------------------
+
+
+def refusals() -> list[str]:
+    from torch.distributed.tensor import DTensor, Partial, Shard
+
+    mesh, placed = mesh_of("two")
+
+    def raised(call: Callable[[], Any]) -> str:
+        try:
+            call()
+        except (TypeError, ValueError) as error:
+            return str(error)
+        return "nothing"
+
+    def fresh() -> tuple[nn.Parameter, Any]:
+        param = nn.Parameter(distribute(mesh, placed, torch.ones(4, 256)))
+        return param, bnb.optim.SGD32bit([param], lr=0.5)
+
+    found = []
+    sums = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Partial()]))
+    found.append(raised(lambda: bnb.optim.AdamW8bit([sums])))
+    param, optimizer = fresh()
+    param.grad = distribute(mesh, [Shard(1)], torch.ones(4, 256))  # another placement is moved
+    optimizer.step()
+    found.append(str(float(param.full_tensor().mean())))
+    param.grad = DTensor.from_local(torch.ones(4, 256), mesh, [Partial()])  # sums are added up
+    optimizer.step()
+    found.append(str(float(param.full_tensor().mean())))
+    param, optimizer = fresh()
+    grad = distribute(mesh, placed, torch.ones(4, 256)).to(torch.float64)
+    param.grad_dtype = torch.float64
+    param.grad = grad
+    found.append(raised(optimizer.step))
+    report = bnb.optim.AdamW8bit(
+        [nn.Parameter(distribute(mesh, placed, torch.ones(5000)))]
+    ).precision_report()
+    found.append(f"{report[0]['shape']} {report[0]['bits']} {report[0]['reason']}")
+    return found
+
+
+def test_what_a_step_cannot_take_is_moved_or_refused() -> None:
+    partial, moved, added, dtype, report = processes.run(2, refusals)[0]
+    assert "placed Partial" in partial or "placed P" in partial
+    assert moved == "0.5" and added == "-0.5"
+    assert "torch.float64" in dtype
+    assert report == "(5000,) 32 a DTensor with rows of fewer than 32 elements"
+
+
+def die(rank_to_die: int) -> None:
+    import os
+
+    if torch.distributed.get_rank() == rank_to_die:
+        os._exit(1)
+    torch.distributed.barrier()
+
+
+def test_a_process_that_dies_ends_the_test() -> None:
+    with pytest.raises(AssertionError, match="rank 1 of 2: the process died|rank 0 of 2"):
+        processes.run(2, die, 1)

@@ -54,7 +54,7 @@ from ..ops.step import step_op
 from ..state import paging
 from ..state.bucket import Bucket, Kind
 from ..state.memory import check_parameter, waves
-from ..state.sharding import ends_with_rows, geometry_of, has_blocks, local, sharding_of
+from ..state.sharding import check_whole, ends_with_rows, geometry_of, has_blocks, local, sharding_of
 from ..state.structure import Structure, Wanted
 from ..state.watched import States
 from .base import AbstractOptimizer
@@ -338,6 +338,8 @@ class Changes(OpaqueBase):
             stochastic_round=stochastic,
             rows=ends_with_rows(param, op.shared_in_blocks, stochastic),
         )
+        if modes.needs_totals or clipped or optimizer.max_grad_norm is not None:
+            check_whole(param)
         of = sharding_of(param)
         modes = modes._replace(totals=of is not None and modes.needs_totals)
         paged = optimizer.is_paged and param.numel() >= PAGED_SIZE and paging.available(param.device)

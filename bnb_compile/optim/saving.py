@@ -15,6 +15,7 @@ from ..state.checkpoint import encode, flatten, match_groups, read_state
 from ..state.sharding import (
     SHORTEST_ROW,
     can_be_placed,
+    ends_with_rows,
     has_blocks,
     is_sharded,
     local,
@@ -199,7 +200,9 @@ def precision_report(optimizer: AbstractOptimizer, changes: Changes) -> list[dic
                     bits=op.stored[0].format.bits if op.stored else None,
                     format=op.stored[0].format.name if op.stored else None,
                     reason=_reason(op, config, {"optim_bits", "states"} & override.keys(), param),
-                    bytes_per_param=op.bytes_per_param(param.numel()),
+                    bytes_per_param=op.bytes_per_param(
+                        param.numel(), (row_of(param), 0, 0) if ends_with_rows(param) else None
+                    ),
                 )
             )
     return report

@@ -127,6 +127,20 @@ def check_placements(param: Any) -> None:
             raise TypeError(f"a parameter is a DTensor placed {placement}: must be Shard or Replicate")
 
 
+def check_whole(param: Any) -> None:
+    """Raise if a process has pieces of a parameter, without what would tell them from a whole one.
+
+    Raises:
+        ValueError: If FSDP1 has flattened it.
+    """
+    if getattr(param, "_fsdp_flattened", False):
+        raise ValueError(
+            "FullyShardedDataParallel gives each process pieces of flattened parameters, of which norms and "
+            "scales of whole parameters (trust ratios, max_unorm, block_wise=False, percentile_clipping, "
+            "max_grad_norm) cannot be found: use torch.distributed.fsdp.fully_shard"
+        )
+
+
 def _sharded_dim(placement: Any) -> int | None:
     """The dimension that a placement shards; also of FSDP over tensor parallelism, which is no `Shard`."""
     return getattr(placement, "dim", None) if not placement.is_partial() else None
