@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -143,6 +144,7 @@ def test_hybrid_sharding_computes_what_one_process_does(on_one: dict) -> None:
 
 def state_dicts() -> list[str]:
     """Every way to save and load goes on bitwise; returns what went wrong."""
+    from torch.distributed import checkpoint
     from torch.distributed.checkpoint import state_dict as dsd
 
     mistakes = []
@@ -180,6 +182,22 @@ def state_dicts() -> list[str]:
             train(other, fresh, range(3, 5))
             if not all(map(torch.equal, whole(other), expected)):
                 mistakes.append(f"{name}: {way}")
+        with tempfile.TemporaryDirectory() as folder:  # of the first rank, whatever the others have
+            shared = [folder]
+            torch.distributed.broadcast_object_list(shared)
+            given = {"model": saved["sharded"][0], "optimizer": saved["sharded"][1]}
+            checkpoint.async_save(given, checkpoint_id=f"{shared[0]}/saved").result()
+            other = shard(Net(), **mesh())
+            fresh = make(name, other)
+            loaded = dict(zip(given, dsd.get_state_dict(other, fresh)))
+            checkpoint.load(loaded, checkpoint_id=f"{shared[0]}/saved")
+            dsd.set_state_dict(
+                other, fresh, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"]
+            )
+            torch.distributed.barrier()
+        train(other, fresh, range(3, 5))
+        if not all(map(torch.equal, whole(other), expected)):
+            mistakes.append(f"{name}: async_save")
         other = shard(Net(), **mesh())
         fresh = make(name, other)
         with torch.no_grad():

@@ -394,3 +394,44 @@ def die(rank_to_die: int) -> None:
 def test_a_process_that_dies_ends_the_test() -> None:
     with pytest.raises(AssertionError, match="rank 1 of 2: the process died|rank 0 of 2"):
         processes.run(2, die, 1)
+
+
+# -- groups --------------------------------------------------------------------------------------------------
+
+
+def mixed_groups(sharded: bool) -> list[Tensor]:
+    """Ordinary tensors beside DTensors, one frozen for a while, one added later, one placed by columns."""
+    from torch.distributed.tensor import Shard
+
+    mesh, placed = mesh_of("two")
+    whole = initial(torch.float32)
+
+    def place(k: int, x: Tensor) -> Tensor:
+        if not sharded or k == 1:
+            return x.clone()
+        return distribute(mesh, [Shard(1)] if k == 8 else placed, x)
+
+    params = [nn.Parameter(place(k, x)) for k, x in enumerate(whole)]
+    params[2].requires_grad_(False)
+    given = dict(lr=1e-2, min_8bit_size=0, max_grad_norm=2.0)
+    optimizer = bnb.optim.AdamW([{"params": params[:2]}, {"params": params[2:-1], "lr": 3e-2}], **given)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.9**t)
+    for t in range(4):
+        if t == 2:
+            params[2].requires_grad_(True)
+            optimizer.add_param_group({"params": params[-1:]})
+            schedule.base_lrs.append(1e-2)
+            schedule.lr_lambdas.append(schedule.lr_lambdas[0])
+        for k, (param, grad) in enumerate(zip(params, gradients(torch.float32, t))):
+            if param.requires_grad and (k < len(params) - 1 or t >= 2):
+                param.grad = place(k, grad)
+        optimizer.step()
+        schedule.step()
+    return [p.full_tensor().detach() if hasattr(p, "full_tensor") else p.detach() for p in params]
+
+
+def test_groups_may_mix_ordinary_tensors_and_dtensors() -> None:
+    expected, actual = processes.run(2, mixed_groups, False)[0], processes.run(2, mixed_groups, True)
+    for of_rank in actual:
+        for a, e in zip(of_rank, expected):
+            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)

@@ -15,7 +15,7 @@ Dynamo evaluates `Changes.look` as a guard and compiles again when its answer is
 | a parameter's address               | data; guard where parameters begin to overlap                        |
 | a parameter's dtype, device, shape  | guard: its state moves along; with another shape it begins anew      |
 | a parameter that overlaps itself    | raises, as a wrapper subclass does                                   |
-| a DTensor's mesh and placements    | guard, as its local tensor; a gradient that is placed otherwise moves |
+| a DTensor's mesh and placements     | guard, as is its local tensor; its gradient is placed likewise       |
 | requires_grad                       | guard until a parameter has a state; then its gradient counts        |
 | the parameters of a group           | guard                                                                |
 | the list of groups                  | guard; a parameter in no group keeps its state and is not updated    |
