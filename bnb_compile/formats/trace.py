@@ -55,6 +55,25 @@ def trace_code(table: AbstractTable) -> torch.fx.Graph:
     return trace(lambda x: (table.code(x),), 1, torch.float32)
 
 
+@functools.cache
+def numbers_of(table: AbstractTable) -> tuple[float, ...]:
+    """The number of each code; asked for first where no tensor is a stand-in, see `check`."""
+    return tuple(table.values(torch.device("cpu")).tolist())
+
+
 def zero_of(table: AbstractTable) -> int:
     """The code of 0."""
-    return int((table.values(torch.device("cpu")) == 0).nonzero()[0])
+    return numbers_of(table).index(0.0)
+
+
+def check(of: AbstractFormat) -> None:
+    """Trace all of a format.
+
+    Raises:
+        NotImplementedError: See `trace_format`.
+        ValueError: If a table has no 0.
+    """
+    trace_format(of)
+    for table in of.tables.values():
+        trace_code(table)
+        zero_of(table)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..formats.trace import trace_code, trace_format
+from ..formats.trace import numbers_of, trace_code, trace_format
 from ..ops.operator import StepOp
 from ..rules.trace import trace_rule
 
@@ -34,8 +34,7 @@ def operator_hash(op: StepOp) -> str | None:
             texts += map(str, (stored.states, stored.format.parts, *trace_format(stored.format)))
         for part, table in stored.format.tables.items():
             if not type(table).__module__.startswith(package):
-                values = table.values(torch.device("cpu")).tolist()
-                texts += map(str, (part, values, trace_code(table)))
+                texts += map(str, (part, numbers_of(table), trace_code(table)))
     return hashlib.sha256(repr(texts).encode()).hexdigest() if texts else None
 
 

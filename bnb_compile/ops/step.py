@@ -37,7 +37,7 @@ from torch import Tensor
 
 from .. import backends
 from ..formats import BLOCK, FORMATS, Part, Slot, Stored
-from ..formats.trace import trace_format
+from ..formats.trace import check
 from ..rules import Rule, round_bits, trust_ratio
 from ..rules.trace import trace_rule
 from .library import define
@@ -250,7 +250,7 @@ def step_op(rule: Rule, format: str | tuple[Stored, ...]) -> StepOp:
         return step_op(rule, FORMATS[format](rule.states))
     trace_rule(rule)  # checks it
     for stored in format:
-        trace_format(stored.format)
+        check(stored.format)
     op = StepOp(rule, format)
     _register(op)
     return op

@@ -11,7 +11,7 @@ import torch
 from ...formats import ALIGN, BLOCK, AbstractFormat, Part, Stored, codebook
 from ...formats.dynamic8 import DynamicTable
 from ...formats.table import AbstractTable
-from ...formats.trace import trace_code, trace_format, zero_of
+from ...formats.trace import numbers_of, trace_code, trace_format, zero_of
 from ...ops.operator import StepOp
 from ..dialects import C_VECTOR
 from ..printer import write
@@ -59,7 +59,7 @@ def _name(of: AbstractFormat) -> str:
 def _table(table: AbstractTable) -> str:
     """A table as the struct that stored.h is written for."""
     lines, (code,) = write(trace_code(table), ["x"], C_VECTOR)
-    values = {"VALUES": table.values(torch.device("cpu")).tolist()}
+    values: dict[str, Sequence[float]] = {"VALUES": numbers_of(table)}
     if isinstance(table, DynamicTable):
         values |= codebook.register_tables(table.signed)
     return "\n".join(

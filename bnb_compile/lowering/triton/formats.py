@@ -11,7 +11,7 @@ import torch
 from ...formats import Part, Stored
 from ...formats.dynamic8 import DynamicTable
 from ...formats.table import AbstractTable
-from ...formats.trace import trace_code, trace_format, zero_of
+from ...formats.trace import numbers_of, trace_code, trace_format, zero_of
 from ...ops.operator import Modes, StepOp
 from ..dialects import TRITON
 from ..printer import write
@@ -38,7 +38,7 @@ def arena_rows(op: StepOp) -> list[Row]:
 
 def tables(op: StepOp) -> dict[str, torch.Tensor]:
     """Constant tensors that the kernels read, by name of their argument."""
-    return {table.name: table.values(torch.device("cpu")) for table in _tables(op)}
+    return {table.name: torch.tensor(numbers_of(table), device="cpu") for table in _tables(op)}
 
 
 def _tables(op: StepOp) -> list[AbstractTable]:
