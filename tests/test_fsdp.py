@@ -217,6 +217,29 @@ def test_every_way_to_save_a_state_dict_goes_on_bitwise() -> None:
     assert processes.run(2, state_dicts) == [[], []]
 
 
+def asked_before() -> list[str]:
+    """The state of an optimizer that has taken no step is asked for; returns what that has changed."""
+    from torch.distributed.checkpoint import state_dict as dsd
+
+    mistakes = []
+    for name in CLASSES:
+        ends = []
+        for asks in (False, True):
+            model = shard(Net(), **forms()["plain"]())
+            optimizer = make(name, model)
+            if asks:
+                dsd.get_optimizer_state_dict(model, optimizer)
+            train(model, optimizer, range(2))
+            ends.append(whole(model))
+        if not all(map(torch.equal, *ends)):
+            mistakes.append(name)
+    return mistakes
+
+
+def test_asking_for_a_state_changes_nothing() -> None:
+    assert processes.run(2, asked_before) == [[], []]
+
+
 def to_plain() -> tuple[Any, list[Tensor], list[Tensor]]:
     """The full state dict of a sharded optimizer, its weights, and those after another step."""
     from torch.distributed.checkpoint import state_dict as dsd

@@ -13,6 +13,7 @@ from .. import backends
 from ..state.bucket import Bucket
 from ..state.gradients import Gradients, collect
 from ..state.memory import check_parameter
+from ..state.sharding import is_sharded
 from ..state.structure import Structure
 from ..state.watched import ParamGroup
 from ..validate import flag, number
@@ -28,7 +29,8 @@ class Optimizer8bit(AbstractOptimizer):
     """An optimizer whose states live in arenas and whose step is one kernel for each bucket.
 
     A bucket holds the parameters of one device, dtype and state format. States are created at the first
-    step, or by `init_state`, for parameters that require a gradient or have one. What a step depends on, and
+    step, or by `init_state`, for parameters that require a gradient or have one; those of DTensors with the
+    optimizer. What a step depends on, and
     how a change of it is noticed, is said in `bnb_compile.optim.changes`.
 
     Args:
@@ -77,6 +79,9 @@ class Optimizer8bit(AbstractOptimizer):
         self.begin()
         super().__init__(params, self.family.defaults(defaults))
         self.state = self.structure.new_states({})
+        if any(is_sharded(param) and not param.is_meta for param in params_of(self.param_groups)):
+            # torch.distributed.checkpoint takes a step to create states that do not exist.
+            self.init_state()
 
     def _for_class(self, chosen: dict[str, Any]) -> dict[str, Any]:
         """The options of a class that is named for its bits."""
