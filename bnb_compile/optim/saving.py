@@ -11,7 +11,7 @@ from torch import Tensor
 from ..formats import bits_of as bits_of
 from ..formats import layout
 from ..ops.operator import StepOp
-from ..state.checkpoint import encode, flatten, match_groups, read_state
+from ..state.checkpoint import SHARED, STEMS, encode, flatten, match_groups, read_state, stem_of
 from ..state.sharding import (
     SHORTEST_ROW,
     can_be_placed,
@@ -69,11 +69,11 @@ def _of_all_processes(place: Place, saved: dict[str, Any]) -> dict[str, Any]:
     """The entry of a DTensor in a state dict."""
     bucket, k = place
     param = bucket.params[k]
-    if can_be_placed(param) or not any(key.startswith("absmax") for key in saved):
+    if can_be_placed(param) or not any(stem_of(key) in SHARED for key in saved):
         return to_global(saved, param)
     # Its blocks are those of columns, which no other mesh has: encode those of whole rows.
     own, numel = bucket.saved(k), bucket.local[k].numel()
-    found = {key: x for key, x in saved.items() if not key.startswith(("state", "absmax", "qmap"))}
+    found = {key: x for key, x in saved.items() if stem_of(key) not in STEMS}
     for number, members in enumerate(bucket.numbers, 1):
         of_members: list[dict[str, Tensor]] = []
         for state in members:
@@ -84,8 +84,8 @@ def _of_all_processes(place: Place, saved: dict[str, Any]) -> dict[str, Any]:
             of_members.append(stored.format.entries(parts, number, placed.to_local().shape))
         entry = of_members[0]
         if len(members) > 1:
-            entry = {key: torch.stack([x[key] for x in of_members]) for key in entry if "qmap" not in key}
-            entry |= {key: x for key, x in of_members[0].items() if "qmap" in key}
+            together = [key for key in entry if stem_of(key) in ("state", *SHARED)]
+            entry |= {key: torch.stack([x[key] for x in of_members]) for key in together}
         found.update(to_global(entry, placed))
     return found
 

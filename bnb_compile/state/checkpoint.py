@@ -83,10 +83,20 @@ def decode(entry: Mapping[str, Any], state: int, numel: int) -> Tensor:
     raise ValueError(f"state{state + 1} is {entry[f'state{state + 1}'].dtype}, which no format has")
 
 
+_OF_ONE = [choose([State("any")])[0].format for choose in FORMATS.values()]
+#: What keys begin with, before a number: all that formats have, and what blocks share.
+STEMS = frozenset(stem for of in _OF_ONE for stem in of.keys)
+SHARED = frozenset(part.name for of in _OF_ONE for part in of.of_blocks)
+
+
+def stem_of(key: Any) -> str:
+    """A key without its number."""
+    return str(key).rstrip("0123456789")
+
+
 def is_own_key(key: Any) -> bool:
     """Whether a key of an entry is of this package or bitsandbytes, and no user's."""
-    stems = {stem for choose in FORMATS.values() for stem in choose([State("any")])[0].format.keys}
-    return key in ("step", *_NORMS, _NESTED) or str(key).rstrip("0123456789") in stems
+    return key in ("step", *_NORMS, _NESTED) or stem_of(key) in STEMS
 
 
 def flatten(saved: Any) -> dict[str, Any]:

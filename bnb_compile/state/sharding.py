@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..formats import BLOCK, Geometry
-from .checkpoint import decode
+from .checkpoint import SHARED, decode, stem_of
 
 #: Elements; of shorter rows no block is made.
 SHORTEST_ROW = 32
@@ -223,10 +223,10 @@ def to_global(entry: Mapping[str, Any], param: Any) -> dict[str, Any]:
         state = entry[f"state{number}"]
         lead = state.shape[: state.dim() - param.dim()]
         found[f"state{number}"] = _wrapped(state, param, lead, param.shape, size)
-        if f"absmax{number}" in entry:
+        for name in _shared(entry, number):
             shape = param.shape[0], -(-row_of(param) // BLOCK)
             here = size[0], -(-math.prod(size[1:]) // BLOCK)
-            found[f"absmax{number}"] = _wrapped(entry[f"absmax{number}"], param, lead, shape, here)
+            found[name] = _wrapped(entry[name], param, lead, shape, here)
     return found
 
 
@@ -237,6 +237,12 @@ def _numbers(entry: Mapping[str, Any]) -> list[str]:
         for key, x in entry.items()
         if key.startswith("state") and isinstance(x, Tensor)
     ]
+
+
+def _shared(entry: Mapping[str, Any], number: str) -> list[str]:
+    """Keys of what blocks of a state share."""
+    names = [f"{stem}{number}" for stem in sorted(SHARED)]
+    return [name for name in names if isinstance(entry.get(name), Tensor)]
 
 
 def _wrapped(x: Tensor, param: Any, lead: Sequence[int], shape: Sequence[int], size: Sequence[int]) -> Any:
@@ -309,8 +315,8 @@ def to_local(saved: Mapping[str, Any], param: Any) -> dict[str, Any]:
     """
     entry = dict(saved)
     for number in _numbers(saved):
-        names = f"state{number}", f"absmax{number}"
-        tensors = [saved[name] for name in names if isinstance(saved.get(name), Tensor)]
+        names = [f"state{number}", *_shared(saved, number)]
+        tensors = [saved[name] for name in names]
         lead = tensors[0].dim() - param.dim()
         if all(_is_placed(x, param, lead) for x in tensors):
             own = [_waited(x.to_local()) for x in tensors]
@@ -318,19 +324,17 @@ def to_local(saved: Mapping[str, Any], param: Any) -> dict[str, Any]:
             whole = [x.full_tensor() if is_sharded(x) else x for x in tensors]
             if whole[0].shape[lead:] != param.shape:
                 continue  # a local one
-            if len(whole) > 1:
-                scales = _scales_of_rows(whole[1], param, lead) if can_be_placed(param) else None
-                if scales is None:
-                    whole = [_decoded(whole[0], whole[1], saved.get(f"qmap{number}"), lead)]
-                    for name in ("absmax", "qmap"):
-                        entry.pop(f"{name}{number}", None)
-                else:
-                    whole[1] = scales
+            in_rows = [_in_rows(x, param, lead) for x in whole[1:]]
+            if all(x is not None for x in in_rows) and (can_be_placed(param) or not in_rows):
+                whole[1:] = in_rows
+            else:  # blocks of which this process has parts
+                whole = [_decoded(saved, number, dict(zip(names, whole)), lead)]
+                entry = {key: x for key, x in entry.items() if key[len(stem_of(key)) :] != number}
             own = [_inside(x, param, lead) for x in whole]
         entry[names[0]] = own[0]
-        if len(own) > 1:
-            # Scales in rows, or those of an ordinary tensor.
-            entry[names[1]] = own[1] if ends_with_rows(param) else own[1].flatten(-2)
+        for name, x in zip(names[1:], own[1:]):
+            # What blocks share is in rows, or as in an ordinary tensor.
+            entry[name] = x if ends_with_rows(param) else x.flatten(-2)
     return entry
 
 
@@ -348,21 +352,24 @@ def _is_placed(x: Any, param: Any, lead: int) -> bool:
     return list(x.placements) == [_shifted(placement, lead) for placement in param.placements]
 
 
-def _scales_of_rows(absmax: Tensor, param: Any, lead: int) -> Tensor | None:
-    """Scales of a whole tensor as (rows, blocks of a row); None if it has other blocks."""
+def _in_rows(shared: Tensor, param: Any, lead: int) -> Tensor | None:
+    """What blocks of a whole tensor share as (rows, blocks of a row); None if it has other blocks."""
     rows, row = param.shape[0] if param.dim() else 1, row_of(param)
     shape = (rows, -(-row // BLOCK))
-    if absmax.shape[lead:] == shape:
-        return absmax
-    if row % BLOCK == 0 and absmax.shape[lead:] == (rows * row // BLOCK,):
-        return absmax.view(*absmax.shape[:lead], *shape)
+    if shared.shape[lead:] == shape:
+        return shared
+    if row % BLOCK == 0 and shared.shape[lead:] == (rows * row // BLOCK,):
+        return shared.view(*shared.shape[:lead], *shape)
     return None
 
 
-def _decoded(codes: Tensor, absmax: Tensor, qmap: Any, lead: int) -> Tensor:
-    """The states of whole tensors as float32."""
-    pairs = zip(codes, absmax) if lead else [(codes, absmax)]
-    states = [
-        decode({"state1": c, "absmax1": x, "qmap1": qmap}, 0, c.numel()).view(c.shape) for c, x in pairs
-    ]
+def _decoded(saved: Mapping[str, Any], number: str, whole: dict[str, Tensor], lead: int) -> Tensor:
+    """States of whole tensors as float32; `whole` has what depends on elements and blocks."""
+    entry = {key: x for key, x in saved.items() if key[len(stem_of(key)) :] == number}
+    count = len(whole[f"state{number}"]) if lead else 1
+    states = []
+    for k in range(count):
+        own = {**entry, **({key: x[k] for key, x in whole.items()} if lead else whole)}
+        codes = own[f"state{number}"]
+        states.append(decode(own, int(number) - 1, codes.numel()).view(codes.shape))
     return torch.stack(states) if lead else states[0]
