@@ -99,6 +99,7 @@ def launch(b: Bucket) -> None:
 
 
 def graph(b: Bucket) -> None:
+    torch._dynamo.reset()  # every test compiles the same function
     torch.compile(OP.in_place, fullgraph=True)(*b.arguments, **b.options)
 
 

@@ -35,6 +35,7 @@ def launch(op: StepOp, b: Bucket) -> None:
 
 
 def graph(op: StepOp, b: Bucket) -> None:
+    torch._dynamo.reset()  # every test compiles the same function
     torch.compile(op.in_place, fullgraph=True)(*b.arguments, **b.options)
 
 

@@ -372,14 +372,21 @@ def refusals() -> list[str]:
         [nn.Parameter(distribute(mesh, placed, torch.ones(5000)))]
     ).precision_report()
     found.append(f"{report[0]['shape']} {report[0]['bits']} {report[0]['reason']}")
+    from torch.distributed.device_mesh import init_device_mesh
+
+    square = init_device_mesh("cpu", (2, 1))
+    cube = nn.Parameter(distribute(square, [Shard(1), Shard(2)], torch.ones(4, 6, 300).bfloat16()))
+    cube.grad = torch.zeros_like(cube)
+    found.append(raised(lambda: bnb.optim.AdamW8bit([cube], bf16_stochastic_round=True).step()))
     return found
 
 
 def test_what_a_step_cannot_take_is_moved_or_refused() -> None:
-    partial, moved, added, dtype, report = processes.run(2, refusals)[0]
+    partial, moved, added, dtype, report, twice = processes.run(2, refusals)[0]
     assert "placed Partial" in partial or "placed P" in partial
     assert moved == "0.5" and added == "-0.5"
     assert "torch.float64" in dtype
+    assert "sharded in the dimensions [1, 2]" in twice
     assert report == "(5000,) 32 a DTensor with rows of fewer than 32 elements"
 
 

@@ -167,11 +167,18 @@ def ends_with_rows(param: Any, shares: bool = True, numbered: bool = False) -> b
         param: The parameter.
         shares: Whether its states share something in blocks.
         numbered: Whether a step must know the numbers of its elements.
+
+    Raises:
+        ValueError: If it must, and cannot.
     """
     if not is_sharded(param) or param.dim() < 2:
         return False
-    later = any(dim > 0 for dim in _dims(param))
-    return (shares and (later or row_of(param) % BLOCK != 0)) or (numbered and later)
+    later = {dim for dim in _dims(param) if dim > 0}
+    if numbered and len(later) > 1:
+        raise ValueError(
+            f"a DTensor is sharded in the dimensions {sorted(later)}, of which stochastic rounding can follow one"
+        )
+    return (shares and (bool(later) or row_of(param) % BLOCK != 0)) or (numbered and bool(later))
 
 
 def geometry_of(param: Any, number: int, rows: bool) -> Geometry:
