@@ -176,7 +176,7 @@ def ends_with_rows(param: Any, shares: bool = True, numbered: bool = False) -> b
     later = {dim for dim in _dims(param) if dim > 0}
     if numbered and len(later) > 1:
         raise ValueError(
-            f"a DTensor is sharded in the dimensions {sorted(later)}, of which stochastic rounding can follow "
+            f"a DTensor is sharded in the dimensions {sorted(later)}, but stochastic rounding can follow "
             "one only"
         )
     return (shares and (bool(later) or row_of(param) % BLOCK != 0)) or (numbered and bool(later))
