@@ -251,7 +251,10 @@ class Bucket:
             options = self.options.arguments()
             if self.totals is not None:
                 given = {name: options[name] for name in READ_OPTIONS}
-                measured = self._launcher.measure(grads.of(dtype), dtype) if compiled else None
+                measured = None
+                if compiled:
+                    measured = self._launcher.measure(grads.of(dtype), dtype)
+                    backends.counts["fallback"] += measured is None
                 if measured is None:
                     measured = self.op.measure(*tensors, **given)
                 self.totals.copy_(self._total(measured))
