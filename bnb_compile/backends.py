@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 #: How often something was done since the process began: "compiled" counts kernels, "kernel" calls of compiled
 #: steps, "operator" calls of the eager reference, "captured" steps that became a part of a graph, "fallback"
-#: optimizers that run the reference because a kernel could not be compiled, and measurements without a kernel.
+#: optimizers that run the reference because a kernel could not be compiled, and measures without a kernel.
 counts: Counter[str] = Counter()
 
 
