@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 #: How often something was done since the process began: "compiled" counts kernels, "kernel" calls of compiled
 #: steps, "operator" calls of the eager reference, "captured" steps that became a part of a graph, "fallback"
-#: optimizers that run the reference because a kernel could not be compiled, and measures without a kernel.
+#: optimizers that run the reference because a kernel could not be compiled.
 counts: Counter[str] = Counter()
 
 
@@ -32,8 +32,8 @@ class Backend(NamedTuple):
     """How steps run on a type of device.
 
     Attributes:
-        package: Has a module `launch` with a class `Launcher`, and a module `graph` with `lower_step` and
-            `lower_norms`.
+        package: Has a module `launch` with a class `Launcher`, and a module `graph` with `lower_step`,
+            `lower_measure` and `lower_norms`.
         missing: Says what this machine lacks to compile a kernel, None if nothing.
     """
 

@@ -39,11 +39,12 @@ def graph(op: StepOp, b: Bucket) -> None:
     torch.compile(op.in_place, fullgraph=True)(*b.arguments, **b.options)
 
 
+def on_gpu(x: Any) -> Any:
+    return torch.empty_like(x, device="cuda:0") if isinstance(x, Tensor) else x
+
+
 def triton(op: StepOp, b: Bucket) -> None:
     """The emitted kernels under the interpreter."""
-
-    def on_gpu(x: Any) -> Any:
-        return torch.empty_like(x, device="cuda:0") if isinstance(x, Tensor) else x
 
     def step(arguments: tuple, options: dict) -> None:
         op.in_place(*arguments, **options)
@@ -51,6 +52,14 @@ def triton(op: StepOp, b: Bucket) -> None:
     arguments = b.arguments, b.options
     source = fake_gpu.emit(step, lambda: torch.utils._pytree.tree_map(on_gpu, arguments), fast=False)
     fake_gpu.interpret(source, arguments)
+
+
+def measured_in_triton(op: StepOp, arguments: tuple[tuple, dict]) -> Tensor:
+    def measure(arguments: tuple, options: dict) -> list[Tensor]:
+        return [op.measure(*arguments, **options)]
+
+    source = fake_gpu.emit(measure, lambda: torch.utils._pytree.tree_map(on_gpu, arguments), fast=False)
+    return fake_gpu.interpret(source, arguments)[0]
 
 
 def places(b: Bucket) -> tuple[Slot, ...]:
@@ -203,8 +212,9 @@ def test_parts_that_know_what_all_have_found_are_the_whole(
             parts.options[option] = parts.options[option][index].clone()
     read = {option: x for option, x in parts.options.items() if option != "unorm"}
     found = op.measure(*parts.arguments, **read)
-    if path in (launch, graph):
+    if path is not eager:
         measured = {
+            triton: lambda: measured_in_triton(op, (parts.arguments, read)),
             launch: lambda: Launcher(
                 op, Arguments.of(parts.arguments, {**parts.options, "totals": found})
             ).measure(parts.grads, torch.float32),

@@ -204,6 +204,8 @@ SCENARIOS = {
     "two phases and another layout": ("ademamix, 32 bits, modes", _other_layout, 3),
     "two phases without a trust ratio": ("rmsprop_momentum, 8 bits, modes", _moving, 2),
     "two phases without a state": ("sgd_plain, 32 bits, modes", _moving, 2),
+    "gradients that are None, measured apart": ("lamb, 8 bits, modes", _absent, 5),
+    "another layout, measured apart": ("ademamix, 32 bits, modes", _other_layout, 3),
 }
 
 
@@ -214,13 +216,18 @@ def _run_scenarios(result: str) -> None:
     pairs: dict[str, list[tuple[Bucket, Bucket]]] = {}
     for name, (case, scenario, _) in SCENARIOS.items():
         op, bucket = CASES[case][0], made(case).bucket
-        launch = Launcher(op, Arguments.of(bucket.arguments, bucket.options))
+        n, totals = len(bucket.params), {}
+        if name.endswith("measured apart"):
+            totals["totals"] = torch.full((n, 2 + op.maxima), math.nan, dtype=torch.float64)
+        launch = Launcher(op, Arguments.of(bucket.arguments, bucket.options | totals))
         pairs[name] = []
 
-        def step(op=op, bucket=bucket, launch=launch, compared=pairs[name]) -> None:
+        def step(op=op, bucket=bucket, launch=launch, compared=pairs[name], totals=totals) -> None:
             expected = copy(bucket)
             expected.call(op.in_place)
             for dtype in {grad.dtype for grad in bucket.grads if grad is not None}:
+                if totals:
+                    totals["totals"].copy_(launch.measure(bucket.grads, dtype))
                 launch(bucket.grads, dtype)
             compared.append((copy(bucket), expected))
             check_written_addresses(launch)
@@ -288,6 +295,20 @@ def test_a_step_of_two_phases_measures_and_finishes_before_it_updates(modes: Mod
     source = emit(adam(8), make(adam(8), shapes, torch.bfloat16, modes=modes))
     measure, finish = f"{STEP}_measure", f"{STEP}_finish"
     assert launches(source) == [PREPARE, *[measure] * count, finish, *[STEP] * count]
+
+
+def test_parts_of_tensors_are_measured_by_one_call_and_updated_by_another() -> None:
+    op = adam(8)
+    bucket = make(op, [(64,), (63,)], torch.bfloat16, modes=Modes(block_wise=False))
+    tensors = bucket.arguments, bucket.options
+
+    def measure(arguments: tuple, options: dict) -> list[Tensor]:
+        return [op.measure(*arguments, **options)]
+
+    source = fake_gpu.emit(measure, lambda: torch.utils._pytree.tree_map(on_gpu, tensors))
+    assert launches(source) == [PREPARE, f"{STEP}_measure", f"{STEP}_measure", f"{STEP}_total"]
+    bucket.options["totals"] = torch.zeros(2, 2 + op.maxima, dtype=torch.float64)
+    assert launches(emit(op, bucket)) == [PREPARE, f"{STEP}_finish", STEP, STEP]
 
 
 def test_other_modes_are_the_same_launches() -> None:

@@ -18,7 +18,6 @@ from torch._inductor.ir import ExternKernel as ExternKernel  # base of our node
 from torch._inductor.ir import MutationOutput as MutationOutput  # says which buffers it writes
 from torch._inductor.ir import NoneLayout as NoneLayout
 from torch._inductor.ir import TensorBox as TensorBox
-from torch._inductor.lowering import fallback_handler as fallback_handler  # calls an operator eagerly
 from torch._inductor.lowering import lowerings as lowerings  # aten.clone for functional operators
 from torch._inductor.lowering import (
     process_subgraph_nodes as process_subgraph_nodes,  # lowers a traced function in an operator's place

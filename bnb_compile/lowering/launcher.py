@@ -54,9 +54,9 @@ class AbstractLauncher:
         """As `compile`, with whatever exceptions compilers raise."""
         raise NotImplementedError
 
-    def measure(self, grads: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
-        """What the measure operator returns; None if there is no kernel for it."""
-        return None
+    def measure(self, grads: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+        """What the measure operator returns, of a step that has the option `totals`."""
+        raise NotImplementedError
 
     def launch(self, grads: Sequence[Tensor | None], dtype: torch.dtype) -> None:
         """Run the kernel.

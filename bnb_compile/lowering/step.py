@@ -15,7 +15,7 @@ import torch
 from .. import backends
 from ..ops.operator import Arguments, StepOp
 from ..ops.step import with_scratch
-from ._inductor import fallback_handler, lowerings, register_lowering
+from ._inductor import lowerings, register_lowering
 from .node import empty
 
 
@@ -44,12 +44,8 @@ def lower(op: StepOp) -> None:
     def measure(*args: Any, **options: Any) -> Any:
         a = Arguments.of(args, {**options, "unorm": None})
         device = a.params[0].get_device()
-        lowering = backends.lowering(device.type)
-        if not hasattr(lowering, "lower_measure"):
-            backends.counts["fallback"] += 1
-            return fallback_handler(op.measure, add_to_fallback_set=False)(*args, **options)
         found = empty([len(a.params), 2 + op.maxima], torch.float64, device)
-        lowering.lower_measure(op, a, found)
+        backends.lowering(device.type).lower_measure(op, a, found)
         return found
 
     register_lowering(op.measure, type_promotion_kind=None)(measure)

@@ -250,13 +250,10 @@ class Bucket:
             tensors = self.local, grads.of(dtype), *self.arenas, self.step, self.hyper.table
             options = self.options.arguments()
             if self.totals is not None:
-                given = {name: options[name] for name in READ_OPTIONS}
-                measured = None
                 if compiled:
                     measured = self._launcher.measure(grads.of(dtype), dtype)
-                    backends.counts["fallback"] += measured is None
-                if measured is None:
-                    measured = self.op.measure(*tensors, **given)
+                else:
+                    measured = self.op.measure(*tensors, **{name: options[name] for name in READ_OPTIONS})
                 self.totals.copy_(self._total(measured))
             if compiled:
                 self._launcher(grads.of(dtype), dtype)

@@ -15,26 +15,47 @@ from .. import _inductor, wrapper
 from .._inductor import V, lowerings
 from ..node import AbstractKernelNode, AbstractStepNode, empty, static
 from . import formats, source
-from .plan import Launch, one_row, plan, spans
+from .plan import Launch, plan, spans
 
 
 def lower_step(op: StepOp, a: Arguments) -> None:
     """Lower a step operator: a few launches whatever the number of parameters."""
+    modes, written = op.modes(a.options), {}
+    if modes.needs_totals:
+        size = [len(a.params), source.measured_columns(op)]
+        written["measured"] = empty(size, torch.float32, a.step.get_device())
+    _lower(TritonStepNode, op, a, written, modes.two_phases)
+
+
+def lower_measure(op: StepOp, a: Arguments, totals: Any) -> None:
+    """Lower a measure operator, which writes `totals`."""
+    _lower(TritonMeasureNode, op, a, {"totals": totals}, measures=True)
+
+
+def _lower(
+    node: type[TritonStepNode], op: StepOp, a: Arguments, written: dict[str, Any], measures: bool
+) -> None:
+    """Make a node, with the tables of its launches.
+
+    Args:
+        node: Its class.
+        op: The step operator.
+        a: The arguments.
+        written: What its kernels write besides the arguments.
+        measures: Whether they find out something of whole parameters.
+    """
     device, n = a.params[0].get_device(), len(a.params)
     launches = _plan(a.params, a.grads, device, geometry=a.options.geometry)
     scalars = len(trace_rule(op.rule).scalar_names)
     scratch = {
         "addresses": empty([n, 2], torch.int64, device),
         "scalars": empty([n, scalars], torch.float32, device),
+        **written,
     }
     constants = {"present": torch.tensor([int(grad is not None) for grad in a.grads])}
-    modes, columns = op.modes(a.options), source.measured_columns(op)
-    if modes.needs_totals:
-        scratch["measured"] = empty([n, columns], torch.float32, device)
-        constants["spans"] = one_row(n)
-    if modes.two_phases:
+    if measures:
         programs = sum(launch.programs for launch in launches)
-        scratch["found"] = empty([max(programs, 1), 1 + columns], torch.float32, device)
+        scratch["found"] = empty([max(programs, 1), 2 + op.maxima], torch.float32, device)
         constants["spans"] = spans(launches, n)
     constants |= formats.tables(op)
     constants |= {
@@ -44,7 +65,7 @@ def lower_step(op: StepOp, a: Arguments) -> None:
     select = lowerings[torch.ops.aten.select.int]
     rows = {row.name: select(arenas[row.arena], 0, row.number) for row in formats.arena_rows(op)}
     constant = {name: _inductor.constant(x, device) for name, x in constants.items()}
-    TritonStepNode(op, a, scratch, constant | rows, launches)
+    node(op, a, scratch, constant | rows, launches)
 
 
 def _of_launch(k: int, table: str) -> str:
@@ -83,6 +104,8 @@ def _is_aligned(x: Any) -> bool:
 class TritonStepNode(AbstractStepNode):
     """The launches of a bucket."""
 
+    measure = False
+
     def __init__(
         self,
         op: StepOp,
@@ -116,7 +139,7 @@ class TritonStepNode(AbstractStepNode):
         tensors = {argument: x for (argument, _), x in first.items()}
         call(
             "_prepare",
-            lambda name: source.prepare_kernel(op, modes, name, list(first)),
+            lambda name: source.prepare_kernel(op, modes, name, list(first), advance=not self.measure),
             ["addresses", *source.prepare_arguments(modes)],
             before=tensors,
             unaligned=list(tensors),
@@ -124,7 +147,7 @@ class TritonStepNode(AbstractStepNode):
             count=n,
         )
         dtypes = self.param_dtype, self.grad_dtype
-        if modes.two_phases:
+        if self.measure or modes.two_phases:
             base = 0
             for k, launch in enumerate(self.launches):
 
@@ -134,6 +157,10 @@ class TritonStepNode(AbstractStepNode):
                 arguments = source.step_arguments(op, modes, launch.variant, measure=True)
                 call("_measure", measure, arguments, k, programs=launch.programs)
                 base += launch.programs
+        if self.measure:
+            arguments = source.total_arguments(modes)
+            call("_total", lambda name: source.total_kernel(op, modes, name), arguments, programs=n)
+            return
         if modes.needs_totals:
             arguments = source.finish_arguments(modes)
             call("_finish", lambda name: source.finish_kernel(op, modes, name), arguments, programs=n)
@@ -143,6 +170,16 @@ class TritonStepNode(AbstractStepNode):
                 return source.step_kernel(op, modes, name, *dtypes, variant)
 
             call("", update, source.step_arguments(op, modes, launch.variant), k, programs=launch.programs)
+
+
+class TritonMeasureNode(TritonStepNode):
+    """The launches that find out what a step must know of whole parameters, written to ``totals``."""
+
+    measure = True
+
+    def written(self, a: Arguments, scratch: dict[str, Any]) -> list[Any]:
+        """See `AbstractStepNode`."""
+        return list(scratch.values())
 
 
 def lower_norms(xs: Sequence[Any], out: Any) -> None:

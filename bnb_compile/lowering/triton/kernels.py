@@ -16,6 +16,7 @@ the tensors on; an argument that an entry does not have is None. Arguments, for 
     measured    (n, 1 + MAXIMA) float32: the trust ratio, and the largest of what the formats must know
     found       (programs, 2 + MAXIMA) float32: sums of the squares of the direction and of the parameter, and
                 those maxima
+    spans       (n, 2) int64: the rows of `found` that are of a parameter, from the first to before the second
 
 How a step is parallelised: a program takes TILE blocks of BLOCK elements of one parameter, a warp one or more
 whole blocks, so that a block's maximum is a reduction inside a warp.
@@ -257,43 +258,83 @@ def finish_program(
     UNIT: tl.constexpr,
     trust_ratio,
 ):
-    """Add up what was found of one parameter; `spans` is (n, 2) int64, the rows of `found` that are its.
+    """Find out from what was found of one parameter how it is updated.
 
-    Of a parameter that is a part of a tensor `found` has one row, in float64: the option `totals`.
+    Of parts of tensors, `found` is the option `totals`, a row of float64 for each, and `spans` is None.
     """
     COLUMNS: tl.constexpr = 2 + MAXIMA
     k = tl.program_id(0).to(tl.int64)
-    begin = tl.load(spans + 2 * k)
-    end = tl.load(spans + 2 * k + 1)
-    lane = tl.arange(0, 1024)
-    update = tl.zeros([1024], tl.float64)
-    param = tl.zeros([1024], tl.float64)
-    first = begin
-    while first < end:
-        row = found + (first + lane) * COLUMNS
-        update += tl.load(row, first + lane < end, 0.0)
-        param += tl.load(row + 1, first + lane < end, 0.0)
-        first += 1024
     if max_unorm is not None:
         limit = tl.load(max_unorm + k).to(tl.float64)
         unit = tl.load(scalars + k * SCALARS + UNIT)
-        update_norm = tl.sqrt(tl.sum(update)) * unit
-        active = tl.load(addresses + 2 * k + 1) != 0
-        if grad_scale is not None:
-            scale = tl.load(grad_scale + k)
-            active = active & (scale - scale == 0)  # finite
-        if active:
+        update_norm = tl.sqrt(sum_of(found, spans, k, COLUMNS)) * unit
+        if is_active(k, addresses, grad_scale):
             tl.store(unorm + k, (update_norm * update_norm).to(tl.float32))
-        ratio = trust_ratio(limit, tl.sqrt(tl.sum(param)), update_norm)[0]
+        ratio = trust_ratio(limit, tl.sqrt(sum_of(found + 1, spans, k, COLUMNS)), update_norm)[0]
         tl.store(measured + k * (1 + MAXIMA), ratio.to(tl.float32))
     for m in tl.static_range(MAXIMA):
-        largest = tl.zeros([1024], tl.float32)
-        first = begin
-        while first < end:
-            row = found + (first + lane) * COLUMNS
-            largest = tl.maximum(largest, tl.load(row + 2 + m, first + lane < end, 0.0).to(tl.float32))
-            first += 1024
-        tl.store(measured + k * (1 + MAXIMA) + 1 + m, tl.max(largest))
+        tl.store(measured + k * (1 + MAXIMA) + 1 + m, largest_of(found + 2 + m, spans, k, COLUMNS))
+
+
+@triton.jit
+def total_program(addresses, grad_scale, found, spans, totals, MAXIMA: tl.constexpr):
+    """Add up what was found of one parameter: its row of `totals`, (n, 2 + MAXIMA) float64."""
+    COLUMNS: tl.constexpr = 2 + MAXIMA
+    k = tl.program_id(0).to(tl.int64)
+    active = is_active(k, addresses, grad_scale)
+    row = totals + k * COLUMNS
+    tl.store(row, tl.where(active, sum_of(found, spans, k, COLUMNS), 0.0))
+    tl.store(row + 1, tl.where(active, sum_of(found + 1, spans, k, COLUMNS), 0.0))
+    for m in tl.static_range(MAXIMA):
+        largest = largest_of(found + 2 + m, spans, k, COLUMNS)
+        tl.store(row + 2 + m, tl.where(active, largest, 0.0).to(tl.float64))
+
+
+@triton.jit
+def is_active(k, addresses, grad_scale):
+    """Whether a parameter is updated at all."""
+    active = tl.load(addresses + 2 * k + 1) != 0
+    if grad_scale is not None:
+        scale = tl.load(grad_scale + k)
+        active = active & (scale - scale == 0)  # finite
+    return active
+
+
+@triton.jit
+def rows_of(spans, k):
+    """The first row of `found` that is of a parameter, and the one after its last."""
+    if spans is None:
+        first = k
+        end = k + 1
+    else:
+        first = tl.load(spans + 2 * k)
+        end = tl.load(spans + 2 * k + 1)
+    return first, end
+
+
+@triton.jit
+def sum_of(column, spans, k, COLUMNS: tl.constexpr):
+    """The sum of a parameter's rows of a column of `found`, in float64."""
+    first, end = rows_of(spans, k)
+    lane = tl.arange(0, 1024)
+    total = tl.zeros([1024], tl.float64)
+    while first < end:
+        total += tl.load(column + (first + lane) * COLUMNS, first + lane < end, 0.0)
+        first += 1024
+    return tl.sum(total)
+
+
+@triton.jit
+def largest_of(column, spans, k, COLUMNS: tl.constexpr):
+    """The largest of a parameter's rows of a column of `found`, in float32."""
+    first, end = rows_of(spans, k)
+    lane = tl.arange(0, 1024)
+    largest = tl.zeros([1024], tl.float32)
+    while first < end:
+        x = tl.load(column + (first + lane) * COLUMNS, first + lane < end, 0.0)
+        largest = tl.maximum(largest, x.to(tl.float32))
+        first += 1024
+    return tl.max(largest)
 
 
 @triton.jit
@@ -306,9 +347,10 @@ def prepare_program(
     count,
     PREPARE: tl.constexpr,
     STRIDE: tl.constexpr,
+    ADVANCE: tl.constexpr,
     write_scalars,
 ):
-    """Advance `step`, and compute the scalars of PREPARE of the `count` parameters.
+    """Advance `step`, if ADVANCE, and compute the scalars of the next step for PREPARE of `count` parameters.
 
     `present` has an entry for each parameter, STRIDE apart, that is not 0 where there is a gradient.
     """
@@ -319,7 +361,8 @@ def prepare_program(
         scale = tl.load(grad_scale + k, there, 0.0)
         advance = advance & (scale - scale == 0)  # finite
     steps = tl.load(step + k, there, 0) + advance.to(tl.int64)
-    tl.store(step + k, steps, there)
+    if ADVANCE:
+        tl.store(step + k, steps, there)
     write_scalars(hyper, scalars, k, tl.maximum(steps, 1).to(tl.float64), there)
 
 

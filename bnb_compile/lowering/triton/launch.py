@@ -14,7 +14,7 @@ from ...rules.trace import trace_rule
 from .._inductor import PyCodeCache
 from ..launcher import AbstractLauncher, addresses
 from . import formats, source
-from .plan import Launch, one_row, plan, spans
+from .plan import Launch, plan, spans
 
 
 def _load(text: str, name: str) -> Any:
@@ -59,35 +59,56 @@ class Launcher(AbstractLauncher):
 
     def load(self, dtype: torch.dtype) -> None:
         """See `AbstractLauncher`; what a launch needs depends on the gradients, and is compiled by it."""
-        _kernel(source.prepare_kernel, self.op, self.modes, present_stride=2)
+        self._prepare_kernel(advance=True)
+        if self.modes.totals:
+            self._prepare_kernel(advance=False)
 
     def launch(self, grads: Sequence[Tensor | None], dtype: torch.dtype) -> None:
         """See `AbstractLauncher`."""
+        op, modes = self.op, self.modes
+        self._begin(grads, advance=True)
+        if modes.two_phases:
+            self._measure(dtype)
+        if modes.needs_totals:
+            finish = _kernel(source.finish_kernel, op, modes)
+            self._run(finish, len(self.params), source.finish_arguments(modes))
+        for launch, tables in self._launches:
+            update = _kernel(source.step_kernel, op, modes, self.params[0].dtype, dtype, launch.variant)
+            self._run(update, launch.programs, source.step_arguments(op, modes, launch.variant), **tables)
+
+    def measure(self, grads: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+        """See `AbstractLauncher`."""
+        op, modes, n = self.op, self.modes, len(self.params)
+        self._begin(grads, advance=False)
+        self._measure(dtype)
+        totals = torch.empty(n, 2 + op.maxima, dtype=torch.float64, device=self.device)
+        self._run(_kernel(source.total_kernel, op, modes), n, source.total_arguments(modes), totals=totals)
+        return totals
+
+    def _prepare_kernel(self, advance: bool) -> Any:
+        return _kernel(source.prepare_kernel, self.op, self.modes, present_stride=2, advance=advance)
+
+    def _begin(self, grads: Sequence[Tensor | None], advance: bool) -> None:
+        """Bring what has changed to the device, and compute the scalars there."""
         self._plan(grads)
         self._upload(grads)
-        n, op, modes = len(self.params), self.op, self.modes
+        n, arguments = len(self.params), source.prepare_arguments(self.modes)
+        self._run(self._prepare_kernel(advance), -(-n // source.PREPARE), arguments, n)
 
-        def run(
-            kernel: Any, programs: int, arguments: Sequence[str], *numbers: int, **tables: Tensor
-        ) -> None:
-            tensors = self.tensors | tables
-            kernel[(programs,)](*(tensors[name] for name in arguments), *numbers, **source.COMPILE)
-
-        prepare = _kernel(source.prepare_kernel, op, modes, present_stride=2)
-        run(prepare, -(-n // source.PREPARE), source.prepare_arguments(modes), n)
-        dtypes = self.params[0].dtype, dtype
-        if modes.two_phases:
-            base = 0
-            for launch, tables in self._launches:
-                measure = _kernel(source.measure_kernel, op, modes, *dtypes, launch.variant, base)
-                arguments = source.step_arguments(op, modes, launch.variant, measure=True)
-                run(measure, launch.programs, arguments, **tables)
-                base += launch.programs
-        if modes.needs_totals:
-            run(_kernel(source.finish_kernel, op, modes), n, source.finish_arguments(modes))
+    def _measure(self, dtype: torch.dtype) -> None:
+        base, op, modes = 0, self.op, self.modes
         for launch, tables in self._launches:
-            update = _kernel(source.step_kernel, op, modes, *dtypes, launch.variant)
-            run(update, launch.programs, source.step_arguments(op, modes, launch.variant), **tables)
+            dtypes = self.params[0].dtype, dtype
+            measure = _kernel(source.measure_kernel, op, modes, *dtypes, launch.variant, base)
+            arguments = source.step_arguments(op, modes, launch.variant, measure=True)
+            self._run(measure, launch.programs, arguments, **tables)
+            base += launch.programs
+
+    def _run(
+        self, kernel: Any, programs: int, arguments: Sequence[str], *numbers: int, **own: Tensor
+    ) -> None:
+        tensors = self.tensors | own
+        kernel[(programs,)](*(tensors[name] for name in arguments), *numbers, **source.COMPILE)
 
     def _upload(self, grads: Sequence[Tensor | None]) -> None:
         """Bring the addresses to the device, where they have changed."""
@@ -142,8 +163,6 @@ class Launcher(AbstractLauncher):
         empty = functools.partial(torch.empty, dtype=torch.float32, device=self.device)
         if self.modes.needs_totals:
             self.tensors["measured"] = empty(len(pairs), source.measured_columns(self.op))
-            self.tensors["spans"] = one_row(len(pairs)).to(self.device)
-        if self.modes.two_phases:
-            programs, columns = sum(launch.programs for launch in launches), source.measured_columns(self.op)
+            programs = sum(launch.programs for launch in launches)
             self.tensors["spans"] = spans(launches, len(pairs)).to(self.device)
-            self.tensors["found"] = empty(programs, 1 + columns)
+            self.tensors["found"] = empty(programs, 2 + self.op.maxima)

@@ -107,12 +107,6 @@ def spans(launches: Sequence[Launch], count: int) -> Tensor:
     return table
 
 
-def one_row(count: int) -> Tensor:
-    """As `spans`, where each tensor has one row."""
-    k = torch.arange(count, device="cpu")
-    return torch.stack([k, k + 1], 1)
-
-
 def _padded(dims: Sequence[tuple[int, int]], count: int) -> list[list[int]]:
     filled = [(1, 0)] * (count - len(dims)) + list(dims)[-count:]
     return [[n for n, _ in filled], [s for _, s in filled]]

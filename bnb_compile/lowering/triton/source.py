@@ -53,7 +53,7 @@ from bnb_compile.lowering.triton.device import div, sqrt
 from bnb_compile.lowering.triton.dynamic_map import encode_fast
 from bnb_compile.lowering.triton.kernels import (
     block_maxima, finish_program, load_codes, measure_program, norms_program, prepare_program, sums_program,
-    update_program,
+    total_program, update_program,
 )
 """
 
@@ -252,7 +252,8 @@ def finish_arguments(modes: Modes) -> list[str]:
     """Names of the arguments of `finish_kernel`, all pointers."""
     options = [name for name in ("grad_scale", "max_unorm") if getattr(modes, name)]
     options += ["unorm"] if modes.max_unorm else []
-    return ["addresses", "totals" if modes.totals else "found", "spans", "scalars", *options, "measured"]
+    found = ["totals"] if modes.totals else ["found", "spans"]
+    return ["addresses", *found, "scalars", *options, "measured"]
 
 
 def finish_kernel(op: StepOp, modes: Modes, name: str) -> str:
@@ -265,7 +266,7 @@ def finish_kernel(op: StepOp, modes: Modes, name: str) -> str:
         addresses="addresses",
         grad_scale="grad_scale" if modes.grad_scale else None,
         found="totals" if modes.totals else "found",
-        spans="spans",
+        spans=None if modes.totals else "spans",
         scalars="scalars",
         max_unorm="max_unorm" if modes.max_unorm else None,
         unorm="unorm" if modes.max_unorm else None,
@@ -283,6 +284,18 @@ def finish_kernel(op: StepOp, modes: Modes, name: str) -> str:
     )
 
 
+def total_arguments(modes: Modes) -> list[str]:
+    """Names of the arguments of `total_kernel`, all pointers."""
+    return ["addresses", *(["grad_scale"] if modes.grad_scale else []), "found", "spans", "totals"]
+
+
+def total_kernel(op: StepOp, modes: Modes, name: str) -> str:
+    """Source of the kernel that ends the measure operator, with a program for each parameter."""
+    grad_scale = "grad_scale" if modes.grad_scale else None
+    body = f"total_program(addresses, {grad_scale}, found, spans, totals, {op.maxima})"
+    return function(name, total_arguments(modes), [body])
+
+
 def prepare_arguments(modes: Modes) -> list[str]:
     """Names of the last arguments of the prepare kernel, all pointers."""
     return ["present", "step", "hyper", "scalars", *(["grad_scale"] if modes.grad_scale else [])]
@@ -294,8 +307,9 @@ def prepare_kernel(
     name: str,
     tensors: Sequence[tuple[str, int]] = (),
     present_stride: int = 1,
+    advance: bool = True,
 ) -> str:
-    """Source of the kernel that advances `step` and computes the scalars of each parameter.
+    """Source of the kernel that computes the scalars of each parameter.
 
     Args:
         op: The step operator.
@@ -304,6 +318,7 @@ def prepare_kernel(
         tensors: See `addresses_kernel`; those arguments come before the others.
         present_stride: Distance of the parameters' entries in `present`, which is not 0 where a parameter
             has a gradient.
+        advance: Whether `step` advances; otherwise the scalars are of the step that comes.
     """
     hyper = op.rule.hyper._fields
     lines, results = write(trace_rule(op.rule).scalars, [*hyper, "t"], TRITON_DOUBLE)
@@ -325,6 +340,7 @@ def prepare_kernel(
         count="count",
         PREPARE=PREPARE,
         STRIDE=present_stride,
+        ADVANCE=advance,
         write_scalars="write_scalars",
     )
     arguments = [*(a for a, _ in tensors), *(["addresses"] if tensors else []), *prepare_arguments(modes)]
@@ -409,4 +425,5 @@ def argument_dtypes(op: StepOp, modes: Modes) -> dict[str, torch.dtype]:
         **dict.fromkeys(("addresses", "rows", "strides", "spans", "present"), torch.int64),
         "owner": torch.int32,
         **dict.fromkeys(("scalars", "found", "measured"), torch.float32),
+        "totals": torch.float64,
     }
