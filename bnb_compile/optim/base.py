@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 
+from ..state.bucket import Bucket
 from ..state.structure import Structure
 from .family import Family
 
@@ -23,6 +24,7 @@ class AbstractOptimizer(torch.optim.Optimizer):
         is_paged: Whether large states are in CUDA managed memory.
         max_grad_norm: Limit of the norm of all gradients, None for none.
         bf16_stochastic_round: Whether bfloat16 parameters are rounded stochastically.
+        release_gradients: See `Options`.
     """
 
     family: Family
@@ -32,6 +34,7 @@ class AbstractOptimizer(torch.optim.Optimizer):
     is_paged: bool
     max_grad_norm: float | None
     bf16_stochastic_round: bool
+    release_gradients: bool | int
     _step_supports_amp_scaling: bool
     _compile: Any
     _opt_called: bool  # what torch's schedulers set and read
@@ -46,6 +49,18 @@ class AbstractOptimizer(torch.optim.Optimizer):
 
     def bring_max_grad_norm(self) -> None:
         """Bring `max_grad_norm` to the tensor that the step reads."""
+        raise NotImplementedError
+
+    def update_buckets(self, buckets: Sequence[Bucket]) -> None:
+        """Update the parameters of some buckets that have a gradient."""
+        raise NotImplementedError
+
+    def has_begun(self) -> bool:
+        """Whether gradients have been used, and freed, that belong to the step that comes."""
+        raise NotImplementedError
+
+    def bring_links(self, inwards: bool) -> None:
+        """Bring states that a user has put in the place of ours to the arenas, or back."""
         raise NotImplementedError
 
     def begin(self) -> None:

@@ -54,6 +54,7 @@ from ..ops.step import step_op
 from ..state import paging
 from ..state.bucket import Bucket, Kind
 from ..state.memory import check_parameter, waves
+from ..state.portions import portions
 from ..state.sharding import check_whole, ends_with_rows, geometry_of, has_blocks, local, sharding_of
 from ..state.structure import Structure, Wanted
 from ..state.watched import States
@@ -114,6 +115,7 @@ class Changes(OpaqueBase):
             str: The same text as long as what has been traced is right.
         """
         try:
+            self._refuse_to_compile_half()
             reason = self._outdated()
         except Exception as error:  # raised again where it can be seen, when the step is prepared
             reason = f"{type(error).__name__}: {error}"
@@ -128,11 +130,20 @@ class Changes(OpaqueBase):
             RuntimeError: If the step is captured by a torch that compiles wrong code for it.
         """
         self.optimizer._opt_called = True  # what a scheduler's wrapper of `step` would do
+        if TracingContext.try_get() is not None:
+            self._refuse_to_compile_half()
         if self._outdated() is not None:
             self._form()
         if not _COMPILES_VIEWS and TracingContext.try_get() is not None:
             _refuse_views(self._placed)
         return 0
+
+    def _refuse_to_compile_half(self) -> None:
+        if self.optimizer.has_begun():
+            raise RuntimeError(
+                "release_gradients: a backward pass outside of a graph has used gradients already, so step() "
+                "must be outside, too; or compile both together"
+            )
 
     @property
     def optimizer(self) -> AbstractOptimizer:
@@ -152,6 +163,10 @@ class Changes(OpaqueBase):
     def overrides(self) -> dict[int, dict[str, Any]]:
         """What a `GlobalOptimManager` sets for parameters, by id, when the structure was last looked at."""
         return self._overrides
+
+    def written(self) -> list[Any]:
+        """What hyperparameters are; of one that is a tensor, which, and how often it was written."""
+        return [tuple(_version(v) for v in self._values(source)) for source in self._sources]
 
     # As the listener of groups.
 
@@ -231,6 +246,7 @@ class Changes(OpaqueBase):
             optimizer.is_paged,
             optimizer.bf16_stochastic_round,
             optimizer._step_supports_amp_scaling,
+            optimizer.release_gradients,
         )
         return version, groups, tuple(vars(optimizer.args).values()), own
 
@@ -326,6 +342,8 @@ class Changes(OpaqueBase):
     def kind(self, config: Mapping[str, Any], param: Tensor) -> Kind:
         """What bucket a parameter is for."""
         optimizer = self.optimizer
+        if optimizer.release_gradients:
+            _check_release(optimizer)
         rule = optimizer.family.rule(config)
         op = step_op(rule, format_of(config, param.numel(), has_blocks(param)))
         clipped = config["percentile_clipping"] < 100
@@ -371,7 +389,17 @@ class Changes(OpaqueBase):
                 config["percentile_clipping"],
                 geometry_of(param, numbers[id(param)], kind.modes.rows) if placed else None,
             )
-        yield from found.values()
+        if not optimizer.release_gradients:
+            yield from found.values()
+            return
+        # Gradients appear from the last layer to the first.
+        reverse = list(found.values())[::-1]
+        params, kinds = [w.param for w in reverse], [w.kind for w in reverse]
+        of_reverse = zip(reverse, portions(params, kinds, optimizer.release_gradients))
+        # In a graph the first layers are stepped first: when their gradients exist, all do, so that no reader
+        # of an old parameter is left that would need a copy of it.
+        for w, portion in reversed(list(of_reverse)):
+            yield w._replace(kind=w.kind._replace(portion=portion))
 
     def _find_sources(self, wanted: list[Wanted]) -> None:
         """Say which rows of which tables follow which group, and fill them."""
@@ -412,6 +440,10 @@ def _key(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(("tensor", id(v)) if isinstance(v, Tensor) else float(v) for v in values)
 
 
+def _version(value: Any) -> Any:
+    return (id(value), value._version) if isinstance(value, Tensor) else float(value)
+
+
 def _tensors(key: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x for x in key if isinstance(x, tuple))
 
@@ -425,6 +457,24 @@ def _addresses(params: list[Tensor]) -> Any:
 
 def _waves(params: list[Tensor]) -> list[int]:
     return [0] * len(params) if backends.replaces_tensors() else waves(list(map(local, params)))
+
+
+def _check_release(optimizer: AbstractOptimizer) -> None:
+    """Raise if an option needs what is not known when the first gradients are used.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if optimizer.max_grad_norm is not None:
+        raise ValueError(
+            f"max_grad_norm={optimizer.max_grad_norm} with release_gradients: the norm of all gradients is "
+            "known when the first of them have been freed; use percentile_clipping or max_unorm"
+        )
+    if optimizer._step_supports_amp_scaling:
+        raise ValueError(
+            "amp_fused with release_gradients: a GradScaler says whether to step when the first gradients "
+            "have been used; bfloat16 needs none"
+        )
 
 
 def _refuse_views(params: list[Tensor]) -> None:

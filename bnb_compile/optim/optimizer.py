@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -16,13 +16,14 @@ from ..state.memory import check_parameter
 from ..state.sharding import is_sharded
 from ..state.structure import Structure
 from ..state.watched import ParamGroup
-from ..validate import flag, number
+from ..validate import flag, integer, number
 from . import saving
 from .base import AbstractOptimizer
 from .changes import Changes, params_of
 from .clipping import gradient_factors
 from .family import Family
 from .options import ARGS, read_args
+from .release import Release
 
 
 class Optimizer8bit(AbstractOptimizer):
@@ -64,6 +65,7 @@ class Optimizer8bit(AbstractOptimizer):
         )
         compiled = options.pop("compile", "auto")
         self._compile = compiled if compiled == "auto" else flag("compile", compiled)
+        self.release_gradients = _checked_release(options.pop("release_gradients", False))
         self.max_grad_norm = options.pop("max_grad_norm", None)
         if self.max_grad_norm is not None:
             self.max_grad_norm = number("max_grad_norm", self.max_grad_norm)
@@ -103,6 +105,7 @@ class Optimizer8bit(AbstractOptimizer):
         """Have no states and no history of changes."""
         self.structure = Structure(self.key_names)
         self._changes = Changes(self)
+        self._release = Release(self, self._changes)
         #: (): what `max_grad_norm` is, float32, where the step reads it; None without it.
         self._max_norm: Tensor | None = None
         self._max_norm_written: Any = None
@@ -132,6 +135,8 @@ class Optimizer8bit(AbstractOptimizer):
             for group in self.param_groups
         ):
             self.param_groups[:] = [ParamGroup(group, self._changes) for group in self.param_groups]
+        if self.release_gradients:
+            self._release.watch(params_of(self.param_groups))
 
     def init_state(self) -> None:
         """Create the states of all parameters that a step may update; `step` does it when it must."""
@@ -188,17 +193,36 @@ class Optimizer8bit(AbstractOptimizer):
             with torch.enable_grad():
                 result = closure()
         self._changes.prepare()
-        structure = self.structure
-        grads = [collect(b.params, b.specs, b.idle, b.kind.sharding) for b in structure.buckets]
-        for view, given in structure.links:
-            view.copy_(given)
-        tensors = [of_bucket.tensors for of_bucket in grads]
-        factors = gradient_factors(structure.buckets, tensors, self._scaler_factor(), self._max_norm)
-        for bucket, of_bucket, factor in zip(structure.buckets, grads, factors):
-            self._update(bucket, of_bucket, factor)
-        for view, given in structure.links:
-            given.copy_(view)
+        began = not torch.compiler.is_compiling() and self._release.end()
+        if not began:
+            self.bring_links(inwards=True)
+        self.update_buckets(self.structure.buckets)
+        self.bring_links(inwards=False)
+        if self.release_gradients:
+            for bucket in self.structure.buckets:
+                for param in bucket.params:
+                    param.grad = None
         return result
+
+    def has_begun(self) -> bool:
+        """See `AbstractOptimizer`."""
+        return bool(self._release.stepped)
+
+    def bring_links(self, inwards: bool) -> None:
+        """See `AbstractOptimizer`."""
+        for view, given in self.structure.links:
+            if inwards:
+                view.copy_(given)
+            else:
+                given.copy_(view)
+
+    def update_buckets(self, buckets: Sequence[Bucket]) -> None:
+        """See `AbstractOptimizer`."""
+        grads = [collect(b.params, b.specs, b.idle, b.kind.sharding) for b in buckets]
+        tensors = [of_bucket.tensors for of_bucket in grads]
+        factors = gradient_factors(buckets, tensors, self._scaler_factor(), self._max_norm)
+        for bucket, of_bucket, factor in zip(buckets, grads, factors):
+            self._update(bucket, of_bucket, factor)
 
     def _update(self, bucket: Bucket, grads: Gradients, factor: Tensor | None) -> None:
         if torch.compiler.is_compiling():
@@ -244,6 +268,7 @@ class Optimizer8bit(AbstractOptimizer):
             params = [param for bucket in self.structure.buckets for param in bucket.params]
         else:
             params = params_of(self.param_groups)
+            self._release.check_ended()
         for param in params:
             if param.grad is None:
                 continue
@@ -289,3 +314,14 @@ class Optimizer8bit(AbstractOptimizer):
             saving.setstate(self, state)
         else:  # as torch's optimizers are given a part of theirs
             saving.replace(self, state)
+
+
+def _checked_release(value: Any) -> bool | int:
+    """The option `release_gradients`."""
+    try:
+        return flag("release_gradients", value)
+    except ValueError:
+        most = integer("release_gradients", value)
+        if most < 0:
+            raise ValueError(f"Invalid release_gradients: {most}, must be a number of bytes") from None
+        return most

@@ -34,6 +34,9 @@ class Options(TypedDict, total=False):
             and skips itself, without a synchronisation. Off by default, as Lightning refuses to clip then.
         bf16_stochastic_round: Whether bfloat16 parameters are rounded stochastically, so that small updates
             are not lost; see `bnb_compile.rules.rounding`.
+        release_gradients: Whether gradients are used and freed while the backward pass runs: in a graph that
+            has both, or outside by hooks, which leave the rest to `step`. A number is the most bytes of
+            gradients that may wait; True for a twentieth of all. See `bnb_compile.optim.release`.
         compile: Whether `step` runs the compiled kernel; False runs the eager reference; "auto" the kernel if
             it can be compiled here, and else, with a warning, the reference.
     """
@@ -50,6 +53,7 @@ class Options(TypedDict, total=False):
     max_grad_norm: float | None
     amp_fused: bool
     bf16_stochastic_round: bool
+    release_gradients: bool | int
     compile: bool | str
 
 

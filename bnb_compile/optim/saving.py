@@ -158,6 +158,7 @@ def getstate(optimizer: AbstractOptimizer, changes: Changes) -> dict[str, Any]:
         "is_paged": optimizer.is_paged,
         "max_grad_norm": optimizer.max_grad_norm,
         "bf16_stochastic_round": optimizer.bf16_stochastic_round,
+        "release_gradients": optimizer.release_gradients,
         "_step_supports_amp_scaling": optimizer._step_supports_amp_scaling,
         "_compile": optimizer._compile,
     }
@@ -167,6 +168,7 @@ def setstate(optimizer: AbstractOptimizer, state: dict[str, Any]) -> None:
     """Make an optimizer from what `getstate` returned."""
     for param, config in state.pop("overrides"):
         GlobalOptimManager.get_instance().override_config(param, key_value_dict=config)
+    state.setdefault("release_gradients", False)  # saved before there was such an option
     family, entries = FAMILIES[state.pop("family")], state.pop("state")
     torch.optim.Optimizer.__setstate__(optimizer, {**state, "family": family})
     optimizer.begin()

@@ -32,6 +32,7 @@ class Kind(NamedTuple):
         paged: Whether their states are in managed memory.
         sharding: How several processes hold them together; None for ordinary tensors.
         wave: Parameters that overlap in memory are in different waves, which are updated one after another.
+        portion: Where gradients are released, which part of the parameters; see portions.py.
     """
 
     device: torch.device
@@ -42,6 +43,7 @@ class Kind(NamedTuple):
     paged: bool
     sharding: Sharding | None = None
     wave: int = 0
+    portion: int = 0
 
 
 class Bucket:

@@ -5,16 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ...formats import layout
+import torch
+
+from ...formats import Layout, layout
 from ...ops.operator import Arguments, StepOp
-from .. import wrapper
+from .. import _inductor, wrapper
+from .._inductor import V
 from ..node import AbstractKernelNode, AbstractStepNode, describe_strides, static, static_numel
 from . import source
 from .formats import TYPES
 
+#: Name of an argument: numbers of a `struct Parameter` that are not addresses, and how many there are.
+PLACES, COLUMNS = "places", 7
+
 
 class CppStepNode(AbstractStepNode):
-    """One C++ kernel; the parameters are its arguments, their shapes constants in its text."""
+    """One C++ kernel; the parameters are its arguments.
+
+    What is not the same of all buckets is data, the argument `PLACES`, so that those with equally many
+    parameters have one text, which is compiled once. In the C++ wrapper, of exported programs, it is in the
+    text: there a tensor of a graph is a weight, which whoever loads it may have to bring.
+    """
 
     measure = False
 
@@ -23,6 +34,8 @@ class CppStepNode(AbstractStepNode):
         param, grad = TYPES[self.param_dtype], TYPES[self.grad_dtype]
         tensors = {f"p{k}": f"{param}*" for k in range(len(self.params))}
         tensors |= {f"g{k}": f"const {grad}*" for k, x in enumerate(self.grads) if x is not None}
+        if PLACES in self.tensors:
+            tensors[PLACES] = "const int64_t*"
         state = source.state_arguments(self.op, self.modes, self.measure)
         name = wrapper.cpp_name(code, f"cpp_{self.op.name}{'_measure' if self.measure else ''}")
         text = source.kernel(
@@ -35,28 +48,32 @@ class CppStepNode(AbstractStepNode):
             self._rows(),
             self.measure,
         )
-        inputs = [*self.params, *self.present, *(self.tensors[argument] for argument in state)]
+        inputs = [*self.params, *self.present]
+        inputs += [self.tensors[argument] for argument in (PLACES, *state) if argument in self.tensors]
         wrapper.call_cpp(code, name, text, [*tensors.values(), *state.values()], inputs)
 
     def _rows(self) -> str:
         """Statements that make rows of the tensors, and say how long the arenas are."""
-        places = layout((static_numel(p.get_size()) for p in self.params), self.geometry)
         strides: list[str] = []
         rows: list[str] = []
-        for k, (param, grad, slot) in enumerate(zip(self.params, self.grads, places.slots)):
+        for k, (param, grad) in enumerate(zip(self.params, self.grads)):
             described = ", ".join(
                 "nullptr" if x is None else print_strides(x, strides) for x in (param, grad)
             )
             # An empty tensor may have no address, but it has a gradient.
-            gradient = "nullptr" if grad is None else f"g{k}" if slot.numel else "(const void*)1"
-            numbers = ", ".join(map(str, source.of_row(slot)))
-            rows.append(
-                f"{{p{k}, {gradient}, {slot.numel}, {slot.offset}, {slot.block}, {described}, {numbers}}}"
-            )
-        return (
-            print_rows("Parameter", rows, strides)
-            + f"\n  const int64_t elements = {places.elements}, blocks = {places.blocks};"
-        )
+            numel = static_numel(param.get_size())
+            gradient = "nullptr" if grad is None else f"g{k}" if numel else "(const void*)1"
+            first, *others = (f"{PLACES}[{k * COLUMNS + column}]" for column in range(COLUMNS))
+            numbers = [*others[:2], described, *others[2:]]
+            rows.append(f"{{p{k}, {gradient}, {first}, {', '.join(numbers)}}}")
+        end = len(rows) * COLUMNS
+        lengths = f"const int64_t elements = {PLACES}[{end}], blocks = {PLACES}[{end + 1}];"
+        constant = ""
+        if PLACES not in self.tensors:
+            places = layout((static_numel(p.get_size()) for p in self.params), self.geometry)
+            values = ", ".join(map(str, _numbers(places)))
+            constant = f"static const int64_t {PLACES}[] = {{{values}}};\n  "
+        return f"{constant}{print_rows('Parameter', rows, strides)}\n  {lengths}"
 
 
 class CppMeasureNode(CppStepNode):
@@ -97,12 +114,26 @@ class CppNormsNode(AbstractKernelNode):
 
 def lower_step(op: StepOp, a: Arguments) -> None:
     """Lower a step operator."""
-    CppStepNode(op, a)
+    CppStepNode(op, a, constants=_places(a))
 
 
 def lower_measure(op: StepOp, a: Arguments, found: Any) -> None:
     """Lower a measure operator."""
-    CppMeasureNode(op, a, {"found": found})
+    CppMeasureNode(op, a, {"found": found}, _places(a))
+
+
+def _places(a: Arguments) -> dict[str, Any]:
+    """Where the parameters are in the arenas: the columns of all rows, and the arenas' lengths."""
+    if V.graph.cpp_wrapper:
+        return {}
+    places = a.places(static_numel(param.get_size()) for param in a.params)
+    table = torch.tensor(_numbers(places), dtype=torch.int64, device="cpu")
+    return {PLACES: _inductor.constant(table, table.device)}
+
+
+def _numbers(places: Layout) -> list[int]:
+    rows = [(slot.numel, slot.offset, slot.block, *source.of_row(slot)) for slot in places.slots]
+    return [*(number for row in rows for number in row), places.elements, places.blocks]
 
 
 def lower_norms(xs: Sequence[Any], out: Any) -> None:
