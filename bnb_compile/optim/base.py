@@ -24,7 +24,7 @@ class AbstractOptimizer(torch.optim.Optimizer):
         is_paged: Whether large states are in CUDA managed memory.
         max_grad_norm: Limit of the norm of all gradients, None for none.
         bf16_stochastic_round: Whether bfloat16 parameters are rounded stochastically.
-        release_gradients: See `Options`.
+        release_gradients: See `Options`, as `previous_norm`.
     """
 
     family: Family
@@ -35,6 +35,7 @@ class AbstractOptimizer(torch.optim.Optimizer):
     max_grad_norm: float | None
     bf16_stochastic_round: bool
     release_gradients: bool | int
+    previous_norm: bool
     _step_supports_amp_scaling: bool
     _compile: Any
     _opt_called: bool  # what torch's schedulers set and read
@@ -53,6 +54,14 @@ class AbstractOptimizer(torch.optim.Optimizer):
 
     def update_buckets(self, buckets: Sequence[Bucket]) -> None:
         """Update the parameters of some buckets that have a gradient."""
+        raise NotImplementedError
+
+    def measure_buckets(self, buckets: Sequence[Bucket]) -> None:
+        """Add the gradients of some buckets to the norm that is measured, and forget them."""
+        raise NotImplementedError
+
+    def end_of_measuring(self) -> None:
+        """Measure the gradients that are left, and know the norm of all."""
         raise NotImplementedError
 
     def has_begun(self) -> bool:

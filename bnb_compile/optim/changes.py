@@ -132,6 +132,7 @@ class Changes(OpaqueBase):
         self.optimizer._opt_called = True  # what a scheduler's wrapper of `step` would do
         if TracingContext.try_get() is not None:
             self._refuse_to_compile_half()
+            _forget_source_of_none()
         if self._outdated() is not None:
             self._form()
         if not _COMPILES_VIEWS and TracingContext.try_get() is not None:
@@ -247,6 +248,7 @@ class Changes(OpaqueBase):
             optimizer.bf16_stochastic_round,
             optimizer._step_supports_amp_scaling,
             optimizer.release_gradients,
+            optimizer.previous_norm,
         )
         return version, groups, tuple(vars(optimizer.args).values()), own
 
@@ -465,11 +467,6 @@ def _check_release(optimizer: AbstractOptimizer) -> None:
     Raises:
         ValueError: If there is one.
     """
-    if optimizer.max_grad_norm is not None:
-        raise ValueError(
-            f"max_grad_norm={optimizer.max_grad_norm} with release_gradients: the norm of all gradients is "
-            "known when the first of them have been freed; use percentile_clipping or max_unorm"
-        )
     if optimizer._step_supports_amp_scaling:
         raise ValueError(
             "amp_fused with release_gradients: a GradScaler says whether to step when the first gradients "
@@ -488,6 +485,17 @@ def _refuse_views(params: list[Tensor]) -> None:
                 "graph, or use torch 2.13 or later"
             )
         storages.add(storage.data_ptr())
+
+
+def _forget_source_of_none() -> None:
+    """Let a graph that sets gradients to None set them to None.
+
+    Dynamo of torch 2.13 has one object for every None, and writes into it where it has read a gradient that
+    was None. The next graph, of another model, would read that place to know what None is.
+    """
+    none = getattr(torch._dynamo.variables.constant, "CONSTANT_VARIABLE_NONE", None)
+    if none is not None:
+        none.source = None
 
 
 def _guarded(changes: Changes) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -85,6 +85,33 @@ def norm_factor(total: Tensor, max_norm: Tensor) -> Tensor:
     return torch.where(total.isfinite(), (max_norm / (total + 1e-6)).clamp(max=1.0), torch.nan)
 
 
+class KnownNorm(NamedTuple):
+    """A norm of all gradients that is known before the first of them is used.
+
+    Attributes:
+        norm: () float32, of the gradients of the step before, or of those that a first pass has measured.
+        squares: () float32, the sum of the squares of those gradients that have come since.
+    """
+
+    norm: Tensor
+    squares: Tensor
+
+    @staticmethod
+    def new(device: torch.device) -> KnownNorm:
+        """Of nothing: the norm is 0."""
+        return KnownNorm(*(torch.zeros((), dtype=torch.float32, device=device) for _ in range(2)))
+
+    def add(self, squares: Tensor) -> None:
+        """Add squared norms of gradients, on any device."""
+        self.squares.add_(squares.sum().to(self.squares.device))
+
+    def end(self, only_finite: bool) -> None:
+        """Begin another sum: what has been added is the norm; `only_finite`: or else the norm stays."""
+        norm = self.squares.sqrt()
+        self.norm.copy_(torch.where(norm.isfinite(), norm, self.norm) if only_finite else norm)
+        self.squares.zero_()
+
+
 class Clipped(Protocol):
     """What is known of parameters whose gradients are clipped."""
 
@@ -109,6 +136,8 @@ def gradient_factors(
     grads: Sequence[Sequence[Tensor | None]],
     factor: Tensor | None = None,
     max_norm: Tensor | None = None,
+    known: KnownNorm | None = None,
+    adds: bool = False,
 ) -> list[Tensor | None]:
     """What to multiply the gradients of each bucket by.
 
@@ -117,22 +146,29 @@ def gradient_factors(
         grads: Their gradients.
         factor: One element: for all of them, before anything is clipped; NaN to skip the step.
         max_norm: One element: the largest norm of all gradients together.
+        known: The norm that is compared with it, if it is not that of these gradients.
+        adds: Whether these gradients are added to `known`.
 
     Returns:
         list[Tensor | None]: (n,) float32 for each bucket; None is 1.
     """
     squared = [
         None
-        if max_norm is None and bucket.gnorm is None
+        if bucket.gnorm is None and (max_norm is None or (known is not None and not adds))
         else bucket.whole(gradient_norms(of_bucket, bucket.step.device).square())
         for bucket, of_bucket in zip(buckets, grads)
     ]
     if max_norm is not None and buckets:
         device = buckets[0].step.device
-        total = torch.stack([x.sum().to(device) for x in squared if x is not None]).sum().sqrt()
-        if factor is not None:
-            factor = factor.to(device)
-            total = total * factor.abs()
+        factor = None if factor is None else factor.to(device)
+        if known is None or adds:
+            total = torch.stack([x.sum().to(device) for x in squared if x is not None]).sum().sqrt()
+            if factor is not None:
+                total = total * factor.abs()
+        if known is not None:
+            if adds:
+                known.add(total.square())
+            total = known.norm.to(device)
         clip = norm_factor(total, max_norm.to(device))
         factor = clip if factor is None else factor * clip
     factors: list[Tensor | None] = []

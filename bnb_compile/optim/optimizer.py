@@ -20,10 +20,10 @@ from ..validate import flag, integer, number
 from . import saving
 from .base import AbstractOptimizer
 from .changes import Changes, params_of
-from .clipping import gradient_factors
+from .clipping import KnownNorm, gradient_factors, gradient_norms
 from .family import Family
 from .options import ARGS, read_args
-from .release import Release
+from .release import MeasuringNorm, Release
 
 
 class Optimizer8bit(AbstractOptimizer):
@@ -65,6 +65,7 @@ class Optimizer8bit(AbstractOptimizer):
         )
         compiled = options.pop("compile", "auto")
         self._compile = compiled if compiled == "auto" else flag("compile", compiled)
+        self.previous_norm = flag("previous_norm", options.pop("previous_norm", False))
         self.release_gradients = _checked_release(options.pop("release_gradients", False))
         self.max_grad_norm = options.pop("max_grad_norm", None)
         if self.max_grad_norm is not None:
@@ -106,6 +107,9 @@ class Optimizer8bit(AbstractOptimizer):
         self.structure = Structure(self.key_names)
         self._changes = Changes(self)
         self._release = Release(self, self._changes)
+        #: The norm that `max_grad_norm` is compared with, if it is not that of this step's gradients.
+        self._known: KnownNorm | None = None
+        self._measured = False  # whether it is that of the step that comes
         #: (): what `max_grad_norm` is, float32, where the step reads it; None without it.
         self._max_norm: Tensor | None = None
         self._max_norm_written: Any = None
@@ -156,6 +160,7 @@ class Optimizer8bit(AbstractOptimizer):
         if self._max_norm is None or self._max_norm.device != device:
             self._max_norm = torch.zeros((), dtype=torch.float32, device=device)
             self._max_norm_written = None
+            self._known = KnownNorm.new(device)
         if isinstance(self.max_grad_norm, Tensor) or self.max_grad_norm != self._max_norm_written:
             self._max_norm.copy_(torch.as_tensor(number("max_grad_norm", self.max_grad_norm)))
             self._max_norm_written = self.max_grad_norm
@@ -198,11 +203,50 @@ class Optimizer8bit(AbstractOptimizer):
             self.bring_links(inwards=True)
         self.update_buckets(self.structure.buckets)
         self.bring_links(inwards=False)
+        if self._known is not None and self.previous_norm and not self._measured:
+            self._known.end(only_finite=True)
+        self._measured = False
         if self.release_gradients:
             for bucket in self.structure.buckets:
                 for param in bucket.params:
                     param.grad = None
         return result
+
+    def measuring_norm(self) -> MeasuringNorm:
+        """A context in which gradients are only measured: `max_grad_norm` is compared with their norm next.
+
+        With ``release_gradients`` the norm must be known before the first gradient is used::
+
+            with optimizer.measuring_norm():
+                loss_of(model).backward()
+            loss_of(model).backward()
+            optimizer.step()
+
+        Raises:
+            ValueError: If `max_grad_norm` is None.
+        """
+        if self.max_grad_norm is None:
+            raise ValueError("measuring_norm() without max_grad_norm: there is nothing to compare it with")
+        return MeasuringNorm(self, self._release)
+
+    @torch.no_grad()
+    def measure_buckets(self, buckets: Sequence[Bucket]) -> None:
+        """See `AbstractOptimizer`."""
+        for bucket in buckets:
+            grads = collect(bucket.params, bucket.specs, bucket.idle, bucket.kind.sharding)
+            assert self._known is not None
+            self._known.add(bucket.whole(gradient_norms(grads.tensors, bucket.device).square()))
+            for param in bucket.params:
+                param.grad = None
+
+    @torch.no_grad()
+    def end_of_measuring(self) -> None:
+        """See `AbstractOptimizer`."""
+        self._changes.prepare()
+        self.measure_buckets(self.structure.buckets)
+        assert self._known is not None
+        self._known.end(only_finite=False)
+        self._measured = True
 
     def has_begun(self) -> bool:
         """See `AbstractOptimizer`."""
@@ -220,7 +264,16 @@ class Optimizer8bit(AbstractOptimizer):
         """See `AbstractOptimizer`."""
         grads = [collect(b.params, b.specs, b.idle, b.kind.sharding) for b in buckets]
         tensors = [of_bucket.tensors for of_bucket in grads]
-        factors = gradient_factors(buckets, tensors, self._scaler_factor(), self._max_norm)
+        known = self._known if self._measured or self.previous_norm else None
+        if self.release_gradients and self._max_norm is not None and known is None:
+            raise RuntimeError(
+                "max_grad_norm with release_gradients: the norm of all gradients is known when the first of "
+                "them have been freed. Use previous_norm=True, or a backward pass in measuring_norm() "
+                "before, or percentile_clipping or max_unorm in its place"
+            )
+        adds = known is not None and not self._measured
+        scaler = self._scaler_factor()
+        factors = gradient_factors(buckets, tensors, scaler, self._max_norm, known, adds)
         for bucket, of_bucket, factor in zip(buckets, grads, factors):
             self._update(bucket, of_bucket, factor)
 

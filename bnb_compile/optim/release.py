@@ -54,7 +54,8 @@ class Release:
     """Steps each bucket of an optimizer when the last of its gradients has come.
 
     Attributes:
-        stepped: Buckets that have been updated since the last step ended.
+        stepped: Buckets that have been updated since the last step ended, or measured.
+        measures: Whether gradients are only measured, see `MeasuringNorm`.
     """
 
     def __init__(self, optimizer: AbstractOptimizer, changes: Changes) -> None:
@@ -64,6 +65,7 @@ class Release:
         self._waiting: dict[Bucket, set[int]] = {}  # parameters whose gradients have not come
         self._began: Any = None  # what hyperparameters were when the first bucket was stepped
         self.stepped: set[Bucket] = set()
+        self.measures = False
 
     def watch(self, params: Iterable[Tensor]) -> None:
         """Hear of the gradients of parameters."""
@@ -103,14 +105,23 @@ class Release:
         if self._waiting[bucket]:
             return
         _check_complete(bucket)
-        if not self.stepped:
+        self.stepped.add(bucket)
+        if self.measures:
+            optimizer.measure_buckets([bucket])
+            return
+        if len(self.stepped) == 1:
             self._began = self._changes.written()
             optimizer.bring_links(inwards=True)
         optimizer.update_buckets([bucket])
-        self.stepped.add(bucket)
         for member in bucket.params:
             if member.grad is not None:
                 member.grad = Released(member)
+
+    def forget_round(self) -> None:
+        """Begin anew after gradients have been measured."""
+        self.measures = False
+        self.stepped.clear()
+        self._waiting.clear()
 
     def check_ended(self) -> None:
         """Raise if gradients are to be forgotten of which some have been used.
@@ -149,6 +160,22 @@ class Release:
                 "before the backward pass"
             )
         return True
+
+
+class MeasuringNorm:
+    """The context of `Optimizer8bit.measuring_norm`."""
+
+    def __init__(self, optimizer: AbstractOptimizer, release: Release) -> None:
+        self._optimizer, self._release = optimizer, release
+
+    def __enter__(self) -> None:
+        self._release.check_ended()
+        self._release.measures = True
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._release.forget_round()
+        if kind is None:
+            self._optimizer.end_of_measuring()
 
 
 class _Hook:

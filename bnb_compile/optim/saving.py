@@ -159,6 +159,7 @@ def getstate(optimizer: AbstractOptimizer, changes: Changes) -> dict[str, Any]:
         "max_grad_norm": optimizer.max_grad_norm,
         "bf16_stochastic_round": optimizer.bf16_stochastic_round,
         "release_gradients": optimizer.release_gradients,
+        "previous_norm": optimizer.previous_norm,
         "_step_supports_amp_scaling": optimizer._step_supports_amp_scaling,
         "_compile": optimizer._compile,
     }
@@ -168,7 +169,8 @@ def setstate(optimizer: AbstractOptimizer, state: dict[str, Any]) -> None:
     """Make an optimizer from what `getstate` returned."""
     for param, config in state.pop("overrides"):
         GlobalOptimManager.get_instance().override_config(param, key_value_dict=config)
-    state.setdefault("release_gradients", False)  # saved before there was such an option
+    for option in ("release_gradients", "previous_norm"):
+        state.setdefault(option, False)  # saved before there was such an option
     family, entries = FAMILIES[state.pop("family")], state.pop("state")
     torch.optim.Optimizer.__setstate__(optimizer, {**state, "family": family})
     optimizer.begin()
