@@ -32,6 +32,9 @@ train: $(VENV)/.installed-examples
 distributed: $(VENV)/.installed-examples
 	$(RUN)python examples/distributed.py $(ARGS)
 
+finetune: $(VENV)/.installed-examples $(VENV)/.installed-peers
+	$(RUN)python examples/finetune.py $(ARGS)
+
 export: $(VENV)/.installed-examples
 	$(RUN)python examples/export/run.py $(ARGS)
 

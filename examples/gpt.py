@@ -27,7 +27,7 @@ def rotary_angles(length: int, width: int, device: torch.device) -> Tensor:
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Rotary position embedding (https://arxiv.org/abs/2104.09864): attention sees relative places."""
     a, b = x.chunk(2, dim=-1)
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = angles.cos().to(x), angles.sin().to(x)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
