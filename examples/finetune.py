@@ -34,7 +34,7 @@ from bnb_compile.state.portions import SHARE
 #: 302 million parameters.
 SIZE = Size(layers=24, width=1024, heads=16, context=96)
 BATCH = 1
-LR = 1e-4
+LR = 3e-5
 
 
 def ours(model: nn.Module, **options: Any) -> torch.optim.Optimizer:

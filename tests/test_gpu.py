@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -275,3 +276,53 @@ def test_a_step_allocates_less_than_4_megabytes(optimizer: type) -> None:
         opt.step()
         torch.cuda.synchronize()
         assert torch.cuda.max_memory_allocated() - before < 4 << 20
+
+
+@torch._dynamo.config.patch(trace_autograd_ops=True)
+@pytest.mark.parametrize("graph", [False, True], ids=["hooks", "graph"])
+def test_released_gradients_never_all_exist(graph: bool) -> None:
+    torch._dynamo.reset()
+    layers = [nn.Linear(2048, 2048, bias=False) for _ in range(20)]
+    model = nn.Sequential(*layers).to("cuda", torch.bfloat16)
+    optimizer = AdamW8bit(model.parameters(), bf16_stochastic_round=True, release_gradients=True)
+    x = torch.randn(8, 2048, device="cuda", dtype=torch.bfloat16)
+
+    def step() -> None:
+        model(x).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    run = torch.compile(step, fullgraph=True) if graph else step
+    for _ in range(3):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+    one = 2 * 2048 * 2048
+    assert torch.cuda.max_memory_allocated() - before < 4 * one  # of 20
+
+
+@OPTIMIZERS
+def test_a_mesh_of_one_over_nccl_computes_what_no_mesh_does(optimizer: type, tmp_path: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    def train(shards: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(3)]).cuda()
+        if shards:
+            fully_shard(model)
+        opt = optimizer(model.parameters(), lr=1e-2, max_grad_norm=1.0)
+        for k in range(4):
+            torch.manual_seed(k)
+            model(torch.randn(4, 512, device="cuda")).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        return [p.full_tensor() if shards else p.detach() for p in model.parameters()]
+
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for a, e in zip(train(shards=True), train(shards=False)):
+            torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-6)
+    finally:
+        torch.distributed.destroy_process_group()

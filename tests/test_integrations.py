@@ -5,7 +5,9 @@ which needs no compiler: what frameworks do to an optimizer does not depend on i
 """
 
 import copy
+import importlib
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -475,3 +477,22 @@ def test_fabric_wraps_clips_saves_and_loads(tmp_path):
     train(*resumed.values(), xs[4:])
     same_state(resumed["model"].state_dict(), model.state_dict())
     same_state(resumed["optimizer"].state_dict(), optimizer.state_dict())
+
+
+def test_the_example_fine_tunes_a_checkpoint(tmp_path, monkeypatch, capsys):
+    """A tokenizer that is made here, as nothing is downloaded."""
+    transformers, tokenizers = package("transformers"), package("tokenizers")
+    package("matplotlib")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "model")
+    gpt2().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("a b " * 100)
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    arguments = "--steps 3 --context 16 --lr 1e-3 --model model --data text.txt --out tuned"
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *arguments.split()])
+    monkeypatch.chdir(tmp_path)
+    importlib.import_module("finetune").main()
+    assert "together" in capsys.readouterr().out
+    before, after = (transformers.GPT2LMHeadModel.from_pretrained(folder) for folder in ("model", "tuned"))
+    assert not torch.equal(before.transformer.wte.weight.bfloat16(), after.transformer.wte.weight.bfloat16())

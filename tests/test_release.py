@@ -135,6 +135,20 @@ def test_a_state_dict_goes_on_with_and_without_release() -> None:
         assert equal(values(model), values(other))
 
 
+@pytest.mark.quick
+def test_portions_do_not_wait_for_frozen_parameters() -> None:
+    model = make_model()
+    optimizer = AdamW8bit(model.parameters(), lr=1e-2, release_gradients=True)
+    train(model, optimizer, range(1))
+    model[3].weight.requires_grad_(False)
+    model[4].bias.requires_grad_(False)
+    loss_of(model, batch(1)).backward()
+    used = [isinstance(p.grad, Released) for p in model.parameters() if p.requires_grad]
+    assert all(used)
+    optimizer.step()
+    assert all(p.grad is None for p in model.parameters())
+
+
 class Awkward(nn.Module):
     """A tied weight, an unused parameter, and a layer that is computed again in the backward pass."""
 

@@ -214,3 +214,32 @@ def test_standard_library_is_the_default_text(train):
     training, validation = train.read_text(None, least=33)
     assert len(training) > 10 * len(validation) / 3 > 100_000
     assert b"import" in bytes(validation.tolist())
+
+
+# -- fine-tuning ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finetune():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        module = importlib.import_module("finetune")
+        patch.setattr(module, "SIZE", module.Size(layers=2, width=128, heads=2, context=24))
+        yield module
+
+
+def test_finetune_compares_memory_and_losses(finetune, text, tmp_path):
+    memory = importlib.import_module("memory")
+    titles = ["torch AdamW, bfloat16", "ours, releasing"]
+    with torch._dynamo.config.patch(trace_autograd_ops=True):  # which compare_one sets for its own process
+        rows = {title: finetune.compare_one(title, text, 4) for title in titles}
+    for row in rows.values():
+        assert len(row["losses"]) == 4 and math.isfinite(row["losses"][-1])
+        assert row["peak"]["weights"] == 2 * row["numel"]
+    kept, released = (row["peak"] for row in rows.values())
+    assert kept["gradients"] > 1.9 * row["numel"] > 4 * released["gradients"]
+    assert kept["states"] > 1.9 * released["states"]
+    shown = memory.table(rows, row["numel"])
+    assert all(f"| {title} |" in shown for title in titles)
+    memory.plot(rows, tmp_path / "memory.png")
+    assert (tmp_path / "memory.png").stat().st_size > 10_000

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..state.bucket import Bucket
 from .base import AbstractOptimizer
-from .changes import Changes, params_of
+from .changes import Changes
 
 _USED = (
     "release_gradients: this gradient has been used and freed during the backward pass, so nothing can read, "
@@ -93,8 +93,10 @@ class Release:
             return
         if not self._waiting:
             self._changes.prepare()
-            buckets = optimizer.structure.buckets
-            self._waiting = {bucket: set(range(len(bucket.params))) - bucket.idle for bucket in buckets}
+            self._waiting = {
+                bucket: {k for k, x in enumerate(bucket.params) if x.requires_grad} - bucket.idle
+                for bucket in optimizer.structure.buckets
+            }
         place = optimizer.structure.places.get(id(param))
         if place is None or place.bucket not in self._waiting:
             return  # its gradient waits for the step
@@ -146,7 +148,7 @@ class Release:
         self._waiting.clear()
         if not stepped:
             return False
-        for param in params_of(optimizer.param_groups):
+        for param in (param for bucket in stepped for param in bucket.params):
             if isinstance(param.grad, Released):
                 param.grad = None
         if any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf")):
