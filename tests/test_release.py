@@ -25,6 +25,9 @@ WIDTH, LAYERS = 128, 8
 AdamW8bit = bnb.optim.AdamW8bit
 
 
+pytestmark = pytest.mark.core
+
+
 def make_model(bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=bias) for _ in range(LAYERS)]).to(dtype)
@@ -465,7 +468,7 @@ def test_a_graph_is_not_misled_by_that_of_another_model(released: bool) -> None:
 
 def peak_of(step: Callable[[], Any]) -> int:
     """Most bytes that a call allocates beyond what there was."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         step()
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0

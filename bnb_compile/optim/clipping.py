@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -85,21 +85,18 @@ def norm_factor(total: Tensor, max_norm: Tensor) -> Tensor:
     return torch.where(total.isfinite(), (max_norm / (total + 1e-6)).clamp(max=1.0), torch.nan)
 
 
-class KnownNorm(NamedTuple):
-    """A norm of all gradients that is known before the first of them is used.
+class KnownNorm:
+    """A norm of all gradients that is known before the first of them is used; 0 at first.
 
     Attributes:
         norm: () float32, of the gradients of the step before, or of those that a first pass has measured.
         squares: () float32, the sum of the squares of those gradients that have come since.
+        measured: Whether a first pass has.
     """
 
-    norm: Tensor
-    squares: Tensor
-
-    @staticmethod
-    def new(device: torch.device) -> KnownNorm:
-        """Of nothing: the norm is 0."""
-        return KnownNorm(*(torch.zeros((), dtype=torch.float32, device=device) for _ in range(2)))
+    def __init__(self, device: torch.device) -> None:
+        self.norm, self.squares = (torch.zeros((), dtype=torch.float32, device=device) for _ in range(2))
+        self.measured = False
 
     def add(self, squares: Tensor) -> None:
         """Add squared norms of gradients, on any device."""
@@ -137,7 +134,6 @@ def gradient_factors(
     factor: Tensor | None = None,
     max_norm: Tensor | None = None,
     known: KnownNorm | None = None,
-    adds: bool = False,
 ) -> list[Tensor | None]:
     """What to multiply the gradients of each bucket by.
 
@@ -146,12 +142,13 @@ def gradient_factors(
         grads: Their gradients.
         factor: One element: for all of them, before anything is clipped; NaN to skip the step.
         max_norm: One element: the largest norm of all gradients together.
-        known: The norm that is compared with it, if it is not that of these gradients.
-        adds: Whether these gradients are added to `known`.
+        known: The norm that is compared with it, if it is not that of these gradients, which are added to it
+            unless it was measured.
 
     Returns:
         list[Tensor | None]: (n,) float32 for each bucket; None is 1.
     """
+    adds = known is not None and not known.measured
     squared = [
         None
         if bucket.gnorm is None and (max_norm is None or (known is not None and not adds))
@@ -166,7 +163,7 @@ def gradient_factors(
             if factor is not None:
                 total = total * factor.abs()
         if known is not None:
-            if adds:
+            if not known.measured:
                 known.add(total.square())
             total = known.norm.to(device)
         clip = norm_factor(total, max_norm.to(device))

@@ -109,7 +109,6 @@ class Optimizer8bit(AbstractOptimizer):
         self._release = Release(self, self._changes)
         #: The norm that `max_grad_norm` is compared with, if it is not that of this step's gradients.
         self._known: KnownNorm | None = None
-        self._measured = False  # whether it is that of the step that comes
         #: (): what `max_grad_norm` is, float32, where the step reads it; None without it.
         self._max_norm: Tensor | None = None
         self._max_norm_written: Any = None
@@ -160,7 +159,7 @@ class Optimizer8bit(AbstractOptimizer):
         if self._max_norm is None or self._max_norm.device != device:
             self._max_norm = torch.zeros((), dtype=torch.float32, device=device)
             self._max_norm_written = None
-            self._known = KnownNorm.new(device)
+            self._known = KnownNorm(device)
         if isinstance(self.max_grad_norm, Tensor) or self.max_grad_norm != self._max_norm_written:
             self._max_norm.copy_(torch.as_tensor(number("max_grad_norm", self.max_grad_norm)))
             self._max_norm_written = self.max_grad_norm
@@ -203,9 +202,11 @@ class Optimizer8bit(AbstractOptimizer):
             self.bring_links(inwards=True)
         self.update_buckets(self.structure.buckets)
         self.bring_links(inwards=False)
-        if self._known is not None and self.previous_norm and not self._measured:
-            self._known.end(only_finite=True)
-        self._measured = False
+        if self._known is not None:
+            if self.previous_norm and not self._known.measured:
+                self._known.end(only_finite=True)
+            # Not an attribute of the optimizer: Dynamo of torch 2.11 refuses to write one.
+            self._known.measured = False
         if self.release_gradients:
             for bucket in self.structure.buckets:
                 for param in bucket.params:
@@ -246,7 +247,7 @@ class Optimizer8bit(AbstractOptimizer):
         self.measure_buckets(self.structure.buckets)
         assert self._known is not None
         self._known.end(only_finite=False)
-        self._measured = True
+        self._known.measured = True
 
     def has_begun(self) -> bool:
         """See `AbstractOptimizer`."""
@@ -264,16 +265,16 @@ class Optimizer8bit(AbstractOptimizer):
         """See `AbstractOptimizer`."""
         grads = [collect(b.params, b.specs, b.idle, b.kind.sharding) for b in buckets]
         tensors = [of_bucket.tensors for of_bucket in grads]
-        known = self._known if self._measured or self.previous_norm else None
+        known = self._known
+        if known is not None and not (known.measured or self.previous_norm):
+            known = None
         if self.release_gradients and self._max_norm is not None and known is None:
             raise RuntimeError(
                 "max_grad_norm with release_gradients: the norm of all gradients is known when the first of "
                 "them have been freed. Use previous_norm=True, or a backward pass in measuring_norm() "
                 "before, or percentile_clipping or max_unorm in its place"
             )
-        adds = known is not None and not self._measured
-        scaler = self._scaler_factor()
-        factors = gradient_factors(buckets, tensors, scaler, self._max_norm, known, adds)
+        factors = gradient_factors(buckets, tensors, self._scaler_factor(), self._max_norm, known)
         for bucket, of_bucket, factor in zip(buckets, grads, factors):
             self._update(bucket, of_bucket, factor)
 
