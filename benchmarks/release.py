@@ -10,16 +10,15 @@ the median of its time. A train step is one graph, or eager with hooks.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import bnb_compile as bnb
 
@@ -41,20 +40,10 @@ class Layer(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(nn.functional.rms_norm(x, (WIDTH,)))))
 
 
-def peak_of(step: Callable[[], object]) -> int:
-    """Most bytes that a call allocates beyond what there was."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
 def measure(released: bool, graph: bool) -> None:
     """Print a row of the table."""
+    from memory import allocations
+
     torch.manual_seed(0)
     torch._dynamo.config.trace_autograd_ops = True
     model = nn.Sequential(*[Layer() for _ in range(LAYERS)]).bfloat16()
@@ -74,7 +63,7 @@ def measure(released: bool, graph: bool) -> None:
     run(x)
     first = time.perf_counter() - begin
     run(x)
-    peak = peak_of(lambda: run(x))
+    peak = max(itertools.accumulate(allocations(lambda: run(x))))
     times = []
     for _ in range(ROUNDS):
         begin = time.perf_counter()

@@ -25,6 +25,14 @@ def bytes_of(tensors: Iterable[Any]) -> int:
     return sum(storages.values())
 
 
+def allocations(step: Callable[[], Any]) -> list[int]:
+    """Bytes of every allocation of a call, in their order; of a tensor that is freed, less than 0."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
+        step()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
+
+
 def peak_of(step: Callable[[], Any], params: Sequence[Tensor], states: Callable[[], int]) -> dict[str, int]:
     """Bytes by category at the moment of a step when most is allocated.
 
@@ -36,16 +44,13 @@ def peak_of(step: Callable[[], Any], params: Sequence[Tensor], states: Callable[
         states: Says how large the optimizer's states are.
     """
     sizes = {param.nbytes for param in params if param.dim() > 1}
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     gradients = rest = 0
     peak = (0, 0, 0)
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        if abs(event.nbytes()) in sizes:
-            gradients += event.nbytes()
+    for size in allocations(step):
+        if abs(size) in sizes:
+            gradients += size
         else:
-            rest += event.nbytes()
+            rest += size
         peak = max(peak, (gradients + rest, gradients, rest))
     return dict(zip(CATEGORIES, (bytes_of(params), states(), *peak[1:])))
 

@@ -237,7 +237,8 @@ def test_finetune_compares_memory_and_losses(finetune, text, tmp_path):
         assert len(row["losses"]) == 4 and math.isfinite(row["losses"][-1])
         assert row["peak"]["weights"] == 2 * row["numel"]
     kept, released = (row["peak"] for row in rows.values())
-    assert kept["gradients"] > 1.9 * row["numel"] > 4 * released["gradients"]
+    assert kept["gradients"] > 1.7 * row["numel"]
+    assert released["gradients"] < 0.4 * kept["gradients"]  # a layer of two, and no embedding
     assert kept["states"] > 1.9 * released["states"]
     shown = memory.table(rows, row["numel"])
     assert all(f"| {title} |" in shown for title in titles)
