@@ -262,7 +262,16 @@ MISUSES: dict[str, tuple[Callable[[nn.Module, Any], Any], str]] = {
     "GradScaler": (unscale, "used and freed"),
     "zero_grad": (lambda m, o: o.zero_grad(), "call step"),
     "a compiled step": (lambda m, o: torch.compile(o.step)(), "outside"),
-    "another learning rate": (lambda m, o: (o.param_groups[0].update(lr=1.0), o.step()), "has changed"),
+    "another learning rate": (lambda m, o: (o.param_groups[0].update(lr=1.0), o.step()), "have changed"),
+    "another option": (lambda m, o: (vars(o.args).update(max_unorm=0.1), o.step()), "have changed"),
+    "a gradient taken away": (lambda m, o: (setattr(m[1].weight, "grad", None), o.step()), "removed"),
+    "all gradients taken away": (lambda m, o: (m.zero_grad(), o.step()), "removed"),
+    "a gradient put in": (
+        lambda m, o: (setattr(m[1].weight, "grad", torch.ones(WIDTH, WIDTH)), o.step()),
+        "removed",
+    ),
+    "state_dict": (lambda m, o: o.state_dict(), "call step"),
+    "load_state_dict": (lambda m, o: o.load_state_dict({}), "call step"),
     "a verdict": (lambda m, o: (setattr(o, "found_inf", torch.ones(())), o.step()), "GradScaler"),
 }
 
@@ -281,6 +290,57 @@ def test_a_gradient_that_was_forgotten_elsewhere_raises_when_it_comes_again() ->
     model.zero_grad()  # knows nothing of the optimizer
     with pytest.raises(RuntimeError, match="second gradient"):
         loss_of(model, batch(1)).backward()
+
+
+@pytest.mark.quick
+def test_parameters_that_share_memory_raise() -> None:
+    model = make_model(bias=False)
+    model[2].weight = nn.Parameter(model[0].weight.data)
+    optimizer = AdamW8bit(model.parameters(), release_gradients=True)
+    with pytest.raises(ValueError, match="share memory"):
+        loss_of(model, batch(0)).backward()
+    assert optimizer.release_gradients
+
+
+@pytest.mark.quick
+def test_a_dropped_backward_pass_is_forgotten() -> None:
+    """Also what has changed since; and a pass that an exception has ended before anything was used."""
+    results = []
+    for released in (False, 10**9):
+        model = make_model()
+        optimizer = AdamW8bit(model.parameters(), lr=1e-2, release_gradients=released)
+        train(model, optimizer, range(1))
+        model[5](batch(1)).square().mean().backward()
+        if released:
+            model.zero_grad()
+        optimizer.zero_grad()
+        optimizer.args.max_unorm = 0.01
+        train(model, optimizer, range(2, 4))
+        results.append(values(model))
+    assert equal(*results)
+
+
+@pytest.mark.quick
+def test_a_refused_step_can_be_taken_back() -> None:
+    model = make_model()
+    optimizer = AdamW8bit(model.parameters(), release_gradients=True, max_grad_norm=1.0)
+    before = values(model)
+    with pytest.raises(RuntimeError, match="previous_norm"):
+        loss_of(model, batch(0)).backward()
+    optimizer.zero_grad()
+    assert equal(values(model), before)
+
+
+@pytest.mark.quick
+def test_what_is_in_no_group_any_more_keeps_its_gradients() -> None:
+    model = make_model(bias=False)
+    optimizer = AdamW8bit(model.parameters(), release_gradients=True)
+    train(model, optimizer, range(1))
+    weight = model[0].weight
+    optimizer.param_groups[0]["params"] = list(model.parameters())[1:]
+    loss_of(model, batch(1)).backward()
+    optimizer.step()
+    assert weight.grad is not None and not isinstance(weight.grad, Released)
 
 
 @pytest.mark.quick
@@ -330,6 +390,50 @@ def test_a_norm_that_was_measured_clips_as_that_of_the_step() -> None:
     assert equal(clipped(released=False, measures=True), expected)
     for a, e in zip(clipped(released=True, measures=True), expected):  # sums in another order
         torch.testing.assert_close(a, e, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("released", [False, True])
+def test_a_measured_norm_is_of_what_came(released: bool) -> None:
+    model = make_model()
+    optimizer = AdamW8bit(model.parameters(), max_grad_norm=0.01, release_gradients=released)
+    with pytest.raises(RuntimeError, match="no gradient"), optimizer.measuring_norm():
+        pass
+    with pytest.raises(RuntimeError, match="inside of another"), optimizer.measuring_norm():
+        with optimizer.measuring_norm():
+            pass
+    with pytest.raises(ZeroDivisionError), optimizer.measuring_norm():
+        (1000 * loss_of(model, batch(0))).backward()
+        raise ZeroDivisionError
+    optimizer.zero_grad()
+    with optimizer.measuring_norm():
+        loss_of(model, batch(0)).backward()
+    loss = loss_of(model, batch(0))
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(optimizer._known.norm, nn.utils.get_total_norm(grads), rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("released", [False, True])
+def test_the_norm_before_is_saved(released: bool) -> None:
+    def make() -> tuple[nn.Module, Any]:
+        model = make_model()
+        options = {"max_grad_norm": 1e-3, "previous_norm": True, "release_gradients": released}
+        return model, AdamW8bit(model.parameters(), lr=1e-2, eps=1e-3, **options)
+
+    model, optimizer = make()
+    train(model, optimizer, range(3))
+    copied = copy.deepcopy((model, optimizer))
+    loaded = make()
+    loaded[0].load_state_dict(copy.deepcopy(model.state_dict()))
+    loaded[1].load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for pair in (copied, loaded, (model, optimizer)):
+        train(*pair, range(3, 5))
+        assert "norm_before" not in pair[1].param_groups[0]
+    assert equal(values(copied[0]), values(model)) and equal(values(loaded[0]), values(model))
+    norm = optimizer.norm_before
+    optimizer.step()  # without a gradient
+    assert optimizer.norm_before == norm > 0
 
 
 @pytest.mark.quick

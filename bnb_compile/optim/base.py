@@ -64,6 +64,23 @@ class AbstractOptimizer(torch.optim.Optimizer):
         """Measure the gradients that are left, and know the norm of all."""
         raise NotImplementedError
 
+    def forget_norm(self) -> None:
+        """Forget gradients that have been measured since the last step."""
+        raise NotImplementedError
+
+    @property
+    def norm_before(self) -> float | None:
+        """What `previous_norm` compares with next; None without it."""
+        raise NotImplementedError
+
+    @norm_before.setter
+    def norm_before(self, norm: float) -> None:
+        raise NotImplementedError
+
+    def check_ended(self, what: str) -> None:
+        """Raise if something cannot be done while only a part of the parameters has been updated."""
+        raise NotImplementedError
+
     def has_begun(self) -> bool:
         """Whether gradients have been used, and freed, that belong to the step that comes."""
         raise NotImplementedError

@@ -165,9 +165,10 @@ class Changes(OpaqueBase):
         """What a `GlobalOptimManager` sets for parameters, by id, when the structure was last looked at."""
         return self._overrides
 
-    def written(self) -> list[Any]:
-        """What hyperparameters are; of one that is a tensor, which, and how often it was written."""
-        return [tuple(_version(v) for v in self._values(source)) for source in self._sources]
+    def seen(self) -> Any:
+        """What a step depends on, but for states; of a tensor, which, and how often it was written."""
+        values = [tuple(_version(v) for v in self._values(source)) for source in self._sources]
+        return self._facts(), values, _version(self.optimizer.max_grad_norm)
 
     # As the listener of groups.
 
@@ -377,6 +378,11 @@ class Changes(OpaqueBase):
                     check_parameter(param)
                     of_group.append((group, param))
         of_wave = _waves([param for _, param in of_group])
+        if optimizer.release_gradients and any(of_wave):
+            raise ValueError(
+                "release_gradients with parameters that share memory: one would be updated while the "
+                "backward pass still reads the other; make them one parameter, or release nothing"
+            )
         numbers = {id(param): k for k, param in enumerate(params_of(optimizer.param_groups))}
         for (group, param), wave in zip(of_group, of_wave):
             config = self.config(group, param)
@@ -443,7 +449,7 @@ def _key(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _version(value: Any) -> Any:
-    return (id(value), value._version) if isinstance(value, Tensor) else float(value)
+    return (id(value), value._version) if isinstance(value, Tensor) else value
 
 
 def _tensors(key: tuple[Any, ...]) -> tuple[Any, ...]:

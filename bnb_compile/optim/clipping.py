@@ -92,21 +92,28 @@ class KnownNorm:
         norm: () float32, of the gradients of the step before, or of those that a first pass has measured.
         squares: () float32, the sum of the squares of those gradients that have come since.
         measured: Whether a first pass has.
+        seen: Whether any gradient has come since.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.norm, self.squares = (torch.zeros((), dtype=torch.float32, device=device) for _ in range(2))
-        self.measured = False
+        self.measured = self.seen = False
 
     def add(self, squares: Tensor) -> None:
         """Add squared norms of gradients, on any device."""
         self.squares.add_(squares.sum().to(self.squares.device))
+        self.seen = True
 
     def end(self, only_finite: bool) -> None:
         """Begin another sum: what has been added is the norm; `only_finite`: or else the norm stays."""
         norm = self.squares.sqrt()
         self.norm.copy_(torch.where(norm.isfinite(), norm, self.norm) if only_finite else norm)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin another sum."""
         self.squares.zero_()
+        self.seen = False
 
 
 class Clipped(Protocol):
@@ -163,7 +170,7 @@ def gradient_factors(
             if factor is not None:
                 total = total * factor.abs()
         if known is not None:
-            if not known.measured:
+            if not known.measured and any(grad is not None for of_bucket in grads for grad in of_bucket):
                 known.add(total.square())
             total = known.norm.to(device)
         clip = norm_factor(total, max_norm.to(device))

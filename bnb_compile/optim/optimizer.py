@@ -109,6 +109,7 @@ class Optimizer8bit(AbstractOptimizer):
         self._release = Release(self, self._changes)
         #: The norm that `max_grad_norm` is compared with, if it is not that of this step's gradients.
         self._known: KnownNorm | None = None
+        self._norm_before = 0.0  # what it is at first
         #: (): what `max_grad_norm` is, float32, where the step reads it; None without it.
         self._max_norm: Tensor | None = None
         self._max_norm_written: Any = None
@@ -160,6 +161,7 @@ class Optimizer8bit(AbstractOptimizer):
             self._max_norm = torch.zeros((), dtype=torch.float32, device=device)
             self._max_norm_written = None
             self._known = KnownNorm(device)
+            self._known.norm.fill_(self._norm_before)
         if isinstance(self.max_grad_norm, Tensor) or self.max_grad_norm != self._max_norm_written:
             self._max_norm.copy_(torch.as_tensor(number("max_grad_norm", self.max_grad_norm)))
             self._max_norm_written = self.max_grad_norm
@@ -196,21 +198,22 @@ class Optimizer8bit(AbstractOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        self._changes.prepare()
         began = not torch.compiler.is_compiling() and self._release.end()
+        self._changes.prepare()
         if not began:
             self.bring_links(inwards=True)
         self.update_buckets(self.structure.buckets)
         self.bring_links(inwards=False)
         if self._known is not None:
-            if self.previous_norm and not self._known.measured:
+            if self.previous_norm and self._known.seen and not self._known.measured:
                 self._known.end(only_finite=True)
             # Not an attribute of the optimizer: Dynamo of torch 2.11 refuses to write one.
             self._known.measured = False
         if self.release_gradients:
             for bucket in self.structure.buckets:
-                for param in bucket.params:
-                    param.grad = None
+                for k, param in enumerate(bucket.params):
+                    if k not in bucket.idle:
+                        param.grad = None
         return result
 
     def measuring_norm(self) -> MeasuringNorm:
@@ -235,7 +238,8 @@ class Optimizer8bit(AbstractOptimizer):
         """See `AbstractOptimizer`."""
         for bucket in buckets:
             grads = collect(bucket.params, bucket.specs, bucket.idle, bucket.kind.sharding)
-            assert self._known is not None
+            if self._known is None or all(grad is None for grad in grads.tensors):
+                continue
             self._known.add(bucket.whole(gradient_norms(grads.tensors, bucket.device).square()))
             for param in bucket.params:
                 param.grad = None
@@ -245,9 +249,32 @@ class Optimizer8bit(AbstractOptimizer):
         """See `AbstractOptimizer`."""
         self._changes.prepare()
         self.measure_buckets(self.structure.buckets)
-        assert self._known is not None
+        if self._known is None or not self._known.seen:
+            raise RuntimeError("measuring_norm(): no gradient has come, of which there is a norm")
         self._known.end(only_finite=False)
         self._known.measured = True
+
+    def forget_norm(self) -> None:
+        """See `AbstractOptimizer`."""
+        if self._known is not None:
+            self._known.forget()
+
+    @property
+    def norm_before(self) -> float | None:
+        """What `previous_norm` compares with `max_grad_norm` next; None without it."""
+        if not self.previous_norm:
+            return None
+        return self._norm_before if self._known is None else self._known.norm.item()
+
+    @norm_before.setter
+    def norm_before(self, norm: float) -> None:
+        self._norm_before = norm
+        if self._known is not None:
+            self._known.norm.fill_(norm)
+
+    def check_ended(self, what: str) -> None:
+        """See `AbstractOptimizer`."""
+        self._release.check_ended(what)
 
     def has_begun(self) -> bool:
         """See `AbstractOptimizer`."""
@@ -322,7 +349,7 @@ class Optimizer8bit(AbstractOptimizer):
             params = [param for bucket in self.structure.buckets for param in bucket.params]
         else:
             params = params_of(self.param_groups)
-            self._release.check_ended()
+            self._release.check_ended("zero_grad()")
         for param in params:
             if param.grad is None:
                 continue

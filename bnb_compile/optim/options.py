@@ -31,8 +31,8 @@ class Options(TypedDict, total=False):
             which the driver moves to the host what does not fit into the GPU. Without a GPU: ordinary memory.
         max_grad_norm: Largest norm of all gradients together, to which the step clips them; None is off.
         previous_norm: Whether the norm that is compared with `max_grad_norm` is that of the gradients of the
-            step before, which is known before the first gradient is used. The first step, also of a loaded
-            optimizer, clips nothing.
+            step before, which is known before the first gradient is used. The first step clips
+            nothing.
         amp_fused: Whether a ``GradScaler`` hands its scale and its verdict to the step, which then unscales,
             and skips itself, without a synchronisation. Off by default, as Lightning refuses to clip then.
         bf16_stochastic_round: Whether bfloat16 parameters are rounded stochastically, so that small updates

@@ -63,23 +63,23 @@ class Release:
         self._changes = changes
         self._hooks: dict[int, Any] = {}
         self._waiting: dict[Bucket, set[int]] = {}  # parameters whose gradients have not come
-        self._began: Any = None  # what hyperparameters were when the first bucket was stepped
+        self._placed: list[tuple[Tensor, Released]] = []
+        self._began: Any = None  # what a step depends on, when the first bucket was stepped
         self.stepped: set[Bucket] = set()
         self.measures = False
+        weakref.finalize(optimizer, _remove, self._hooks)
 
     def watch(self, params: Iterable[Tensor]) -> None:
         """Hear of the gradients of parameters."""
         for param in params:
-            if param.requires_grad and param.is_leaf and id(param) not in self._hooks:
-                handle = param.register_post_accumulate_grad_hook(_Hook(self))
-                self._hooks[id(param)] = handle
-                weakref.finalize(param, self._hooks.pop, id(param), None)
+            if param.requires_grad and param.is_leaf and not self._watches(param):
+                self._hooks[id(param)] = param.register_post_accumulate_grad_hook(_Hook(self))
 
-    def forget(self) -> None:
-        """Hear of nothing any more."""
-        for handle in self._hooks.values():
-            handle.remove()
-        self._hooks.clear()
+    def _watches(self, param: Tensor) -> bool:
+        # By the hook, not by a weak reference to the parameter, which could not be swapped then.
+        hook = self._hooks.get(id(param))
+        hooks = getattr(param, "_post_accumulate_grad_hooks", None)
+        return hook is not None and hooks is not None and hook.id in hooks and hook.hooks_dict_ref() is hooks
 
     @torch.no_grad()
     def came(self, param: Tensor) -> None:
@@ -93,31 +93,39 @@ class Release:
             return
         if not self._waiting:
             self._changes.prepare()
-            self._waiting = {
-                bucket: {k for k, x in enumerate(bucket.params) if x.requires_grad} - bucket.idle
-                for bucket in optimizer.structure.buckets
-            }
+            self._waiting = {bucket: _awaited(bucket, absent=False) for bucket in optimizer.structure.buckets}
         place = optimizer.structure.places.get(id(param))
-        if place is None or place.bucket not in self._waiting:
+        if place is None or place.bucket not in self._waiting or place.k in place.bucket.idle:
             return  # its gradient waits for the step
         bucket, k = place
         if bucket in self.stepped:
             raise RuntimeError(f"a second gradient of a parameter of shape {tuple(param.shape)}: {_USED}")
         self._waiting[bucket].discard(k)
-        if self._waiting[bucket]:
-            return
-        _check_complete(bucket)
-        self.stepped.add(bucket)
+        if not self._waiting[bucket]:  # but some may have been forgotten since they came
+            self._waiting[bucket] = _awaited(bucket, absent=True)
+        if not self._waiting[bucket]:
+            _check_complete(bucket)
+            self._use(optimizer, bucket)
+
+    def _use(self, optimizer: AbstractOptimizer, bucket: Bucket) -> None:
         if self.measures:
             optimizer.measure_buckets([bucket])
+            self.stepped.add(bucket)
             return
-        if len(self.stepped) == 1:
-            self._began = self._changes.written()
+        if not self.stepped:
+            self._changes.prepare()
+            if bucket not in optimizer.structure.buckets:
+                self._waiting.clear()  # it was formed anew, and waits for the step
+                return
+            self._began = self._changes.seen()
             optimizer.bring_links(inwards=True)
         optimizer.update_buckets([bucket])
-        for member in bucket.params:
-            if member.grad is not None:
-                member.grad = Released(member)
+        self.stepped.add(bucket)
+        for k, member in enumerate(bucket.params):
+            if k not in bucket.idle and member.grad is not None:
+                placeholder = Released(member.grad)
+                member.grad = placeholder
+                self._placed.append((member, placeholder))
 
     def forget_round(self) -> None:
         """Begin anew after gradients have been measured."""
@@ -125,17 +133,21 @@ class Release:
         self.stepped.clear()
         self._waiting.clear()
 
-    def check_ended(self) -> None:
-        """Raise if gradients are to be forgotten of which some have been used.
+    def check_ended(self, what: str) -> None:
+        """Raise if something cannot be done as long as only a part of the parameters has been updated.
+
+        Args:
+            what: What is to be done.
 
         Raises:
-            RuntimeError: If they have.
+            RuntimeError: If a part has been.
         """
         if self.stepped:
             raise RuntimeError(
-                "zero_grad() between the backward pass and step(), with release_gradients: some gradients "
-                "have been used already; call step(), which frees all"
+                f"{what} between a backward pass and step(), with release_gradients: some gradients have "
+                "been used, and their parameters updated; call step(), which updates the rest and frees all"
             )
+        self._waiting.clear()
 
     def end(self) -> bool:
         """Begin anew, at the end of a step; returns whether buckets have been updated.
@@ -145,23 +157,42 @@ class Release:
         """
         optimizer = self._optimizer()
         stepped, self.stepped = self.stepped, set()
+        placed, self._placed = self._placed, []
         self._waiting.clear()
         if not stepped:
             return False
-        for param in (param for bucket in stepped for param in bucket.params):
-            if isinstance(param.grad, Released):
+        kept = [param.grad is placeholder for param, placeholder in placed]
+        for (param, _), is_kept in zip(placed, kept):
+            if is_kept:
                 param.grad = None
-        if any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf")):
-            raise RuntimeError(
-                "release_gradients: a GradScaler says whether to step when gradients have been used already; "
-                "bfloat16 needs none"
-            )
-        if self._changes.written() != self._began:
-            raise RuntimeError(
-                "release_gradients: a hyperparameter has changed after some gradients were used; set it "
+        why = None
+        if not all(kept):
+            why = "a gradient was replaced or removed after it had been used"
+        elif any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf")):
+            why = "a GradScaler says whether to step when gradients have been used; bfloat16 needs none"
+        elif self._changes.seen() != self._began:
+            why = (
+                "groups, options or hyperparameters have changed after some gradients were used: change them "
                 "before the backward pass"
             )
+        if why is not None:
+            optimizer.forget_norm()
+            raise RuntimeError(f"release_gradients: {why}")
         return True
+
+
+def _awaited(bucket: Bucket, absent: bool) -> set[int]:
+    """Parameters of a bucket whose gradients may come; or, of those, the ones that have none."""
+    return {
+        k
+        for k, param in enumerate(bucket.params)
+        if param.requires_grad and k not in bucket.idle and (not absent or param.grad is None)
+    }
+
+
+def _remove(hooks: dict[int, Any]) -> None:
+    for hook in hooks.values():
+        hook.remove()
 
 
 class MeasuringNorm:
@@ -171,13 +202,17 @@ class MeasuringNorm:
         self._optimizer, self._release = optimizer, release
 
     def __enter__(self) -> None:
-        self._release.check_ended()
+        if self._release.measures:
+            raise RuntimeError("measuring_norm() inside of another: the norm of which gradients is meant?")
+        self._release.check_ended("measuring_norm()")
         self._release.measures = True
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._release.forget_round()
         if kind is None:
             self._optimizer.end_of_measuring()
+        else:
+            self._optimizer.forget_norm()
 
 
 class _Hook:

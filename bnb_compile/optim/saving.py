@@ -30,12 +30,16 @@ from .changes import Changes, params_of
 from .family import FAMILIES
 from .manager import GlobalOptimManager
 
+#: Key of the first group of a state dict: what `previous_norm` compares with next.
+NORM = "norm_before"
+
 
 @torch._disable_dynamo
 def state_dict(optimizer: AbstractOptimizer, changes: Changes) -> dict[str, Any]:
     """See `Optimizer8bit.state_dict`."""
     for before in optimizer._optimizer_state_dict_pre_hooks.values():
         before(optimizer)
+    optimizer.check_ended("state_dict()")
     index: dict[int, int] = {}
     groups = []
     for group in optimizer.param_groups:
@@ -43,6 +47,8 @@ def state_dict(optimizer: AbstractOptimizer, changes: Changes) -> dict[str, Any]
             index.setdefault(id(param), len(index))
         packed = {key: value for key, value in group.items() if key != "params"}
         groups.append({**packed, "params": [index[id(param)] for param in group["params"]]})
+    if optimizer.norm_before is not None:
+        groups[0][NORM] = optimizer.norm_before
     structure = changes.structure
     steps = {bucket: bucket.step.tolist() for bucket in structure.buckets}
     states: dict[Any, Any] = {}
@@ -96,6 +102,7 @@ def load_state_dict(optimizer: AbstractOptimizer, changes: Changes, state_dict: 
     state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
     for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
         state_dict = before(optimizer, state_dict) or state_dict
+    optimizer.check_ended("load_state_dict()")
     family, structure = optimizer.family, changes.structure
     contents, params = match_groups(optimizer.param_groups, state_dict)
     contents = [family.checked(content) for content in contents]
@@ -122,6 +129,9 @@ def load_state_dict(optimizer: AbstractOptimizer, changes: Changes, state_dict: 
         norms = dict(gnorm=entry.get("gnorm_vec"), unorm=entry.get("unorm_vec"))
         entries[param] = read._replace(entry=entry, **norms)
 
+    norm = contents[0].pop(NORM, None)
+    if norm is not None:
+        optimizer.norm_before = float(norm)
     for group, content in zip(optimizer.param_groups, contents):
         group.update(content)
     known = params_of(optimizer.param_groups)
@@ -160,6 +170,7 @@ def getstate(optimizer: AbstractOptimizer, changes: Changes) -> dict[str, Any]:
         "bf16_stochastic_round": optimizer.bf16_stochastic_round,
         "release_gradients": optimizer.release_gradients,
         "previous_norm": optimizer.previous_norm,
+        "norm_before": optimizer.norm_before,
         "_step_supports_amp_scaling": optimizer._step_supports_amp_scaling,
         "_compile": optimizer._compile,
     }
@@ -171,9 +182,11 @@ def setstate(optimizer: AbstractOptimizer, state: dict[str, Any]) -> None:
         GlobalOptimManager.get_instance().override_config(param, key_value_dict=config)
     for option in ("release_gradients", "previous_norm"):
         state.setdefault(option, False)  # saved before there was such an option
-    family, entries = FAMILIES[state.pop("family")], state.pop("state")
+    family, entries, norm = FAMILIES[state.pop("family")], state.pop("state"), state.pop("norm_before", None)
     torch.optim.Optimizer.__setstate__(optimizer, {**state, "family": family})
     optimizer.begin()
+    if norm is not None:
+        optimizer.norm_before = norm
     optimizer.state = optimizer.structure.new_states(entries)
     optimizer.adopt_groups()
     if any(entries.values()):
