@@ -410,7 +410,9 @@ def test_a_measured_norm_is_of_what_came(released: bool) -> None:
         loss_of(model, batch(0)).backward()
     loss = loss_of(model, batch(0))
     grads = torch.autograd.grad(loss, list(model.parameters()))
-    torch.testing.assert_close(optimizer._known.norm, nn.utils.get_total_norm(grads), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(
+        optimizer.norms.known.norm, nn.utils.get_total_norm(grads), rtol=1e-5, atol=0.0
+    )
 
 
 @pytest.mark.quick
@@ -431,9 +433,9 @@ def test_the_norm_before_is_saved(released: bool) -> None:
         train(*pair, range(3, 5))
         assert "norm_before" not in pair[1].param_groups[0]
     assert equal(values(copied[0]), values(model)) and equal(values(loaded[0]), values(model))
-    norm = optimizer.norm_before
+    norm = optimizer.norms.norm
     optimizer.step()  # without a gradient
-    assert optimizer.norm_before == norm > 0
+    assert optimizer.norms.norm == norm > 0
 
 
 @pytest.mark.quick

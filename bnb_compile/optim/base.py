@@ -10,6 +10,7 @@ import torch
 
 from ..state.bucket import Bucket
 from ..state.structure import Structure
+from .clipping import NormLimit
 from .family import Family
 
 
@@ -23,6 +24,7 @@ class AbstractOptimizer(torch.optim.Optimizer):
         key_names: What keys of ``optimizer.state[param]`` are called instead of bitsandbytes' usual names.
         is_paged: Whether large states are in CUDA managed memory.
         max_grad_norm: Limit of the norm of all gradients, None for none.
+        norms: It, where a step reads it.
         bf16_stochastic_round: Whether bfloat16 parameters are rounded stochastically.
         release_gradients: See `Options`, as `previous_norm`.
     """
@@ -36,6 +38,7 @@ class AbstractOptimizer(torch.optim.Optimizer):
     bf16_stochastic_round: bool
     release_gradients: bool | int
     previous_norm: bool
+    norms: NormLimit
     _step_supports_amp_scaling: bool
     _compile: Any
     _opt_called: bool  # what torch's schedulers set and read
@@ -48,10 +51,6 @@ class AbstractOptimizer(torch.optim.Optimizer):
         """Create the states of all parameters that a step may update; `step` does it when it must."""
         raise NotImplementedError
 
-    def bring_max_grad_norm(self) -> None:
-        """Bring `max_grad_norm` to the tensor that the step reads."""
-        raise NotImplementedError
-
     def update_buckets(self, buckets: Sequence[Bucket]) -> None:
         """Update the parameters of some buckets that have a gradient."""
         raise NotImplementedError
@@ -62,19 +61,6 @@ class AbstractOptimizer(torch.optim.Optimizer):
 
     def end_of_measuring(self) -> None:
         """Measure the gradients that are left, and know the norm of all."""
-        raise NotImplementedError
-
-    def forget_norm(self) -> None:
-        """Forget gradients that have been measured since the last step."""
-        raise NotImplementedError
-
-    @property
-    def norm_before(self) -> float | None:
-        """What `previous_norm` compares with next; None without it."""
-        raise NotImplementedError
-
-    @norm_before.setter
-    def norm_before(self, norm: float) -> None:
         raise NotImplementedError
 
     def check_ended(self, what: str) -> None:

@@ -215,8 +215,12 @@ class Changes(OpaqueBase):
                 self._write(k, source)
                 if _tensors(self._written[k]) != tensors:
                     return "a hyperparameter is another tensor"
-        optimizer.bring_max_grad_norm()
+        self._bring_norm()
         return None
+
+    def _bring_norm(self) -> None:
+        buckets = self.optimizer.structure.buckets
+        self.optimizer.norms.bring(self.optimizer.max_grad_norm, buckets[0].device if buckets else None)
 
     def _look_at_specs(self) -> Any:
         if not self._sharded:
@@ -287,7 +291,7 @@ class Changes(OpaqueBase):
         self._find_sources(wanted)
         if tensors != list(filter(None, map(_tensors, self._written))):
             self._version += 1
-        optimizer.bring_max_grad_norm()
+        self._bring_norm()
         self._seen = facts
         self._placed = [w.param for w in wanted]
         self._members = [param for bucket in structure.buckets for param in bucket.params]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..ops.norms import norms_op
 from ..state.checkpoint import RING
+from ..validate import number
 
 
 def gradient_norms(grads: Sequence[Tensor | None], device: torch.device) -> Tensor:
@@ -114,6 +115,52 @@ class KnownNorm:
         """Begin another sum."""
         self.squares.zero_()
         self.seen = False
+
+
+class NormLimit:
+    """`max_grad_norm`, where a step reads it.
+
+    Attributes:
+        limit: () float32: the largest norm of all gradients; None for none.
+        known: A norm that may be compared with it in place of that of the step's gradients; None without.
+    """
+
+    def __init__(self) -> None:
+        self.limit: Tensor | None = None
+        self.known: KnownNorm | None = None
+        self._written: Any = None  # what is in `limit`
+        self._first = 0.0  # what the known norm is at first
+
+    def bring(self, value: Any, device: torch.device | None) -> None:
+        """Bring a limit (a number, a tensor or None) to the device of the step; None if there is none yet."""
+        if value is None:
+            self.limit = None
+        if value is None or device is None:
+            return
+        if self.limit is None or self.known is None or self.limit.device != device:
+            self.limit = torch.zeros((), dtype=torch.float32, device=device)
+            self._written = None
+            self.known = KnownNorm(device)
+            self.known.norm.fill_(self._first)
+        if isinstance(value, Tensor) or value != self._written:
+            self.limit.copy_(torch.as_tensor(number("max_grad_norm", value)))
+            self._written = value
+
+    @property
+    def norm(self) -> float:
+        """The known norm; 0 if there is none."""
+        return self._first if self.known is None else self.known.norm.item()
+
+    @norm.setter
+    def norm(self, norm: float) -> None:
+        self._first = norm
+        if self.known is not None:
+            self.known.norm.fill_(norm)
+
+    def forget(self) -> None:
+        """Forget gradients that have been added to the known norm since the last step."""
+        if self.known is not None:
+            self.known.forget()
 
 
 class Clipped(Protocol):

@@ -20,7 +20,7 @@ from ..validate import flag, integer, number
 from . import saving
 from .base import AbstractOptimizer
 from .changes import Changes, params_of
-from .clipping import KnownNorm, gradient_factors, gradient_norms
+from .clipping import NormLimit, gradient_factors, gradient_norms
 from .family import Family
 from .options import ARGS, read_args
 from .release import MeasuringNorm, Release
@@ -107,12 +107,7 @@ class Optimizer8bit(AbstractOptimizer):
         self.structure = Structure(self.key_names)
         self._changes = Changes(self)
         self._release = Release(self, self._changes)
-        #: The norm that `max_grad_norm` is compared with, if it is not that of this step's gradients.
-        self._known: KnownNorm | None = None
-        self._norm_before = 0.0  # what it is at first
-        #: (): what `max_grad_norm` is, float32, where the step reads it; None without it.
-        self._max_norm: Tensor | None = None
-        self._max_norm_written: Any = None
+        self.norms = NormLimit()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see ``torch.optim.Optimizer.add_param_group``."""
@@ -150,21 +145,6 @@ class Optimizer8bit(AbstractOptimizer):
     def overrides(self) -> dict[int, dict[str, Any]]:
         """What a `GlobalOptimManager` sets for parameters, by id."""
         return self._changes.overrides
-
-    def bring_max_grad_norm(self) -> None:
-        """Bring `max_grad_norm` to the tensor that the step reads."""
-        if self.max_grad_norm is None or not self.structure.buckets:
-            self._max_norm = None if self.max_grad_norm is None else self._max_norm
-            return
-        device = self.structure.buckets[0].device
-        if self._max_norm is None or self._max_norm.device != device:
-            self._max_norm = torch.zeros((), dtype=torch.float32, device=device)
-            self._max_norm_written = None
-            self._known = KnownNorm(device)
-            self._known.norm.fill_(self._norm_before)
-        if isinstance(self.max_grad_norm, Tensor) or self.max_grad_norm != self._max_norm_written:
-            self._max_norm.copy_(torch.as_tensor(number("max_grad_norm", self.max_grad_norm)))
-            self._max_norm_written = self.max_grad_norm
 
     def precision_report(self) -> list[dict[str, Any]]:
         """Which parameters have states of how many bits, and why; nothing is changed.
@@ -204,11 +184,11 @@ class Optimizer8bit(AbstractOptimizer):
             self.bring_links(inwards=True)
         self.update_buckets(self.structure.buckets)
         self.bring_links(inwards=False)
-        if self._known is not None:
-            if self.previous_norm and self._known.seen and not self._known.measured:
-                self._known.end(only_finite=True)
-            # Not an attribute of the optimizer: Dynamo of torch 2.11 refuses to write one.
-            self._known.measured = False
+        known = self.norms.known
+        if known is not None:
+            if self.previous_norm and known.seen and not known.measured:
+                known.end(only_finite=True)
+            known.measured = False
         if self.release_gradients:
             for bucket in self.structure.buckets:
                 for k, param in enumerate(bucket.params):
@@ -238,9 +218,9 @@ class Optimizer8bit(AbstractOptimizer):
         """See `AbstractOptimizer`."""
         for bucket in buckets:
             grads = collect(bucket.params, bucket.specs, bucket.idle, bucket.kind.sharding)
-            if self._known is None or all(grad is None for grad in grads.tensors):
+            if self.norms.known is None or all(grad is None for grad in grads.tensors):
                 continue
-            self._known.add(bucket.whole(gradient_norms(grads.tensors, bucket.device).square()))
+            self.norms.known.add(bucket.whole(gradient_norms(grads.tensors, bucket.device).square()))
             for param in bucket.params:
                 param.grad = None
 
@@ -249,28 +229,11 @@ class Optimizer8bit(AbstractOptimizer):
         """See `AbstractOptimizer`."""
         self._changes.prepare()
         self.measure_buckets(self.structure.buckets)
-        if self._known is None or not self._known.seen:
+        known = self.norms.known
+        if known is None or not known.seen:
             raise RuntimeError("measuring_norm(): no gradient has come, of which there is a norm")
-        self._known.end(only_finite=False)
-        self._known.measured = True
-
-    def forget_norm(self) -> None:
-        """See `AbstractOptimizer`."""
-        if self._known is not None:
-            self._known.forget()
-
-    @property
-    def norm_before(self) -> float | None:
-        """What `previous_norm` compares with `max_grad_norm` next; None without it."""
-        if not self.previous_norm:
-            return None
-        return self._norm_before if self._known is None else self._known.norm.item()
-
-    @norm_before.setter
-    def norm_before(self, norm: float) -> None:
-        self._norm_before = norm
-        if self._known is not None:
-            self._known.norm.fill_(norm)
+        known.end(only_finite=False)
+        known.measured = True
 
     def check_ended(self, what: str) -> None:
         """See `AbstractOptimizer`."""
@@ -292,16 +255,16 @@ class Optimizer8bit(AbstractOptimizer):
         """See `AbstractOptimizer`."""
         grads = [collect(b.params, b.specs, b.idle, b.kind.sharding) for b in buckets]
         tensors = [of_bucket.tensors for of_bucket in grads]
-        known = self._known
+        known, limit = self.norms.known, self.norms.limit
         if known is not None and not (known.measured or self.previous_norm):
             known = None
-        if self.release_gradients and self._max_norm is not None and known is None:
+        if self.release_gradients and limit is not None and known is None:
             raise RuntimeError(
                 "max_grad_norm with release_gradients: the norm of all gradients is known when the first of "
                 "them have been freed. Use previous_norm=True, or a backward pass in measuring_norm() "
                 "before, or percentile_clipping or max_unorm in its place"
             )
-        factors = gradient_factors(buckets, tensors, self._scaler_factor(), self._max_norm, known)
+        factors = gradient_factors(buckets, tensors, self._scaler_factor(), limit, known)
         for bucket, of_bucket, factor in zip(buckets, grads, factors):
             self._update(bucket, of_bucket, factor)
 

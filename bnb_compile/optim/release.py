@@ -176,7 +176,7 @@ class Release:
                 "before the backward pass"
             )
         if why is not None:
-            optimizer.forget_norm()
+            optimizer.norms.forget()
             raise RuntimeError(f"release_gradients: {why}")
         return True
 
@@ -212,7 +212,7 @@ class MeasuringNorm:
         if kind is None:
             self._optimizer.end_of_measuring()
         else:
-            self._optimizer.forget_norm()
+            self._optimizer.norms.forget()
 
 
 class _Hook:

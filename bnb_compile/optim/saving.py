@@ -47,8 +47,8 @@ def state_dict(optimizer: AbstractOptimizer, changes: Changes) -> dict[str, Any]
             index.setdefault(id(param), len(index))
         packed = {key: value for key, value in group.items() if key != "params"}
         groups.append({**packed, "params": [index[id(param)] for param in group["params"]]})
-    if optimizer.norm_before is not None:
-        groups[0][NORM] = optimizer.norm_before
+    if optimizer.previous_norm:
+        groups[0][NORM] = optimizer.norms.norm
     structure = changes.structure
     steps = {bucket: bucket.step.tolist() for bucket in structure.buckets}
     states: dict[Any, Any] = {}
@@ -131,7 +131,7 @@ def load_state_dict(optimizer: AbstractOptimizer, changes: Changes, state_dict: 
 
     norm = contents[0].pop(NORM, None)
     if norm is not None:
-        optimizer.norm_before = float(norm)
+        optimizer.norms.norm = float(norm)
     for group, content in zip(optimizer.param_groups, contents):
         group.update(content)
     known = params_of(optimizer.param_groups)
@@ -170,7 +170,7 @@ def getstate(optimizer: AbstractOptimizer, changes: Changes) -> dict[str, Any]:
         "bf16_stochastic_round": optimizer.bf16_stochastic_round,
         "release_gradients": optimizer.release_gradients,
         "previous_norm": optimizer.previous_norm,
-        "norm_before": optimizer.norm_before,
+        NORM: optimizer.norms.norm,
         "_step_supports_amp_scaling": optimizer._step_supports_amp_scaling,
         "_compile": optimizer._compile,
     }
@@ -182,11 +182,10 @@ def setstate(optimizer: AbstractOptimizer, state: dict[str, Any]) -> None:
         GlobalOptimManager.get_instance().override_config(param, key_value_dict=config)
     for option in ("release_gradients", "previous_norm"):
         state.setdefault(option, False)  # saved before there was such an option
-    family, entries, norm = FAMILIES[state.pop("family")], state.pop("state"), state.pop("norm_before", None)
+    family, entries, norm = FAMILIES[state.pop("family")], state.pop("state"), state.pop(NORM, 0.0)
     torch.optim.Optimizer.__setstate__(optimizer, {**state, "family": family})
     optimizer.begin()
-    if norm is not None:
-        optimizer.norm_before = norm
+    optimizer.norms.norm = norm
     optimizer.state = optimizer.structure.new_states(entries)
     optimizer.adopt_groups()
     if any(entries.values()):
