@@ -12,8 +12,10 @@ from torch import Tensor
 
 from .optim import Optimizer8bit
 from .optim.options import ARGS
+from .optim.saving import NORM
 from .rules import Rule
 from .state.checkpoint import decode
+from .state.sharding import is_sharded, local, placed_as, to_local
 
 #: torch's class for each family.
 _COUNTERPARTS: dict[str, type[torch.optim.Optimizer]] = {
@@ -51,7 +53,7 @@ def to_torch(optimizer: Optimizer8bit) -> dict[str, Any]:
     """The state as the ``torch.optim`` optimizer of the same algorithm loads it, with float32 states.
 
     Args:
-        optimizer: AdamW, Adam, SGD, RMSprop or Adagrad, of any precision.
+        optimizer: AdamW, Adam, SGD, RMSprop or Adagrad, of any precision. States of DTensors are DTensors.
 
     Raises:
         ValueError: If torch has no such optimizer.
@@ -59,7 +61,7 @@ def to_torch(optimizer: Optimizer8bit) -> dict[str, Any]:
     torch_class = _counterpart(optimizer)
     (defaults,) = torch_class([torch.zeros(1)]).param_groups  # type: ignore[call-arg]
     saved = optimizer.state_dict()
-    family_keys = {"lr", "betas", "eps", "weight_decay", *optimizer.family.extras, *ARGS}
+    family_keys = {"lr", "betas", "eps", "weight_decay", NORM, *optimizer.family.extras, *ARGS}
     groups = []
     for group in saved["param_groups"]:
         ours = {**group, **dict(zip(optimizer.family.betas, group["betas"]))}
@@ -118,8 +120,11 @@ def _state_from_torch(rule: Rule, state: dict[str, Any]) -> dict[str, Any]:
 
 def _state_to_torch(rule: Rule, state: dict[str, Any], param: Tensor) -> dict[str, Any]:
     entry = {"step": torch.tensor(float(state["step"]))}
+    sharded = is_sharded(param)
+    state = to_local(state, param) if sharded else state
     for k, kind in enumerate(rule.states):
-        entry[kind.name] = decode(state, k, param.numel()).clone().view(param.shape)
+        values = decode(state, k, local(param).numel()).clone()
+        entry[kind.name] = placed_as(values, param) if sharded else values.view(param.shape)
     if "variance" in entry:
         entry["square_avg"] = entry.pop("variance") + entry["grad_avg"].square()
     return entry

@@ -355,6 +355,34 @@ def test_a_plain_optimizer_goes_on_from_a_sharded_checkpoint(tmp_path: Path) -> 
     near(whole(model), expected, weights)
 
 
+def converted(bits: int) -> list[str]:
+    """A run of torch's AdamW goes on here, and there again; returns what went wrong."""
+    mistakes = []
+    plain = shard(Net(), **forms()["plain"]())
+    theirs = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=1e-2)
+    train(plain, theirs, range(2))
+    ours = bnb.optim.AdamW(plain.parameters(), lr=1e-2, optim_bits=bits, min_8bit_size=0)
+    bnb.convert.from_torch(ours, theirs.state_dict())
+    back = bnb.convert.to_torch(ours)["state"]
+    for k, param in enumerate(plain.parameters()):
+        for name in ("exp_avg", "exp_avg_sq"):
+            expected, actual = theirs.state[param][name], back[k][name]
+            if (actual.shape, actual.placements) != (expected.shape, expected.placements):
+                mistakes.append(f"{name} of {k} is placed {actual.placements}")
+            x, y = actual.to_local(), expected.to_local()
+            near = torch.equal(x, y) if bits == 32 else (x - y).norm() <= 0.05 * y.norm() + 1e-9
+            if not near:
+                mistakes.append(f"{name} of {k} differs")
+    theirs.load_state_dict(bnb.convert.to_torch(ours))
+    train(plain, theirs, range(2, 3))
+    return mistakes
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_run_of_torch_goes_on_here_and_back(bits: int) -> None:
+    assert processes.run(2, converted, bits) == [[], []]
+
+
 # -- FSDP1 ---------------------------------------------------------------------------------------------------
 
 

@@ -296,6 +296,12 @@ def can_be_placed(param: Any) -> bool:
     return max(later) == 1 and row_of(param) % (BLOCK * processes) == 0 and param.shape[1] % processes == 0
 
 
+def placed_as(values: Tensor, param: Any) -> Any:
+    """What this process holds of a tensor of a parameter's shape, as a DTensor with its placements."""
+    size, _ = part_of(param, param.shape)
+    return _wrapped(values, param, (), param.shape, size)
+
+
 def moved(values: Tensor, param: Any) -> tuple[Tensor, Any]:
     """States of what this process holds, placed so that it has whole rows.
 
@@ -308,9 +314,8 @@ def moved(values: Tensor, param: Any) -> tuple[Tensor, Any]:
     """
     from torch.distributed.tensor import Replicate
 
-    size, _ = part_of(param, param.shape)
     rows = [p if _sharded_dim(p) in (0, None) else Replicate() for p in param.placements]
-    placed = _wrapped(values, param, (), param.shape, size).redistribute(param.device_mesh, rows)
+    placed = placed_as(values, param).redistribute(param.device_mesh, rows)
     return _waited(placed.to_local()).reshape(-1), placed
 
 
