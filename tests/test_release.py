@@ -18,6 +18,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.profiler import ProfilerActivity, profile
 
 import bnb_compile as bnb
+import bnb_compile.export
 from bnb_compile.optim.release import Released
 from bnb_compile.state.portions import portions
 
@@ -570,6 +571,19 @@ def test_a_graph_is_not_misled_by_that_of_another_model(released: bool) -> None:
         optimizer = AdamW8bit(model.parameters(), release_gradients=released)
         compiled(model, optimizer)(batch(0))
         assert all(param.grad is None for param in model.parameters())
+
+
+def test_an_exported_train_step_is_the_same() -> None:
+    results = []
+    for released in (False, True):
+        model = make_model()
+        optimizer = AdamW8bit(model.parameters(), lr=1e-2, release_gradients=released)
+        step = bnb.export.TrainStep(model, loss_of, optimizer)
+        run = step.export(batch(0)).module()
+        for t in range(3):
+            run(step.hyper(), batch(t))
+        results.append(values(model))
+    assert equal(*results)
 
 
 def peak_of(step: Callable[[], Any]) -> int:

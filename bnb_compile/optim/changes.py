@@ -24,7 +24,7 @@ Dynamo evaluates `Changes.look` as a guard and compiles again when its answer is
 | options of a group, and of `args`   | guard; data: `max_unorm` above 0, `percentile_clipping` below 100    |
 | `max_grad_norm`                     | data; guard if it is switched on or off                              |
 | `amp_fused`, `is_paged`, `bf16_...` | guard                                                                |
-| `release_gradients`, `previous_...` | guard; raises if changed while hooks have used some gradients         |
+| `release_gradients`, `previous_...` | guard; raises if changed while hooks have used some gradients        |
 | a gradient that a hook has used     | raises, as any use of it does                                        |
 | overrides, bitsandbytes' too        | guard; hyperparameters are data                                      |
 | values of a state                   | data, written at once; raises if they do not fit                     |

@@ -33,7 +33,7 @@ class Released(Tensor):
 
     @staticmethod
     def __new__(cls, like: Tensor) -> Released:
-        """The placeholder of a gradient of a parameter's shape."""
+        """The placeholder of a gradient."""
         return Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
         )
