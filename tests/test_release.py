@@ -573,6 +573,7 @@ def test_a_graph_is_not_misled_by_that_of_another_model(released: bool) -> None:
         assert all(param.grad is None for param in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 def test_an_exported_train_step_is_the_same() -> None:
     results = []
     for released in (False, True):
