@@ -31,15 +31,15 @@ class Options(TypedDict, total=False):
             which the driver moves to the host what does not fit into the GPU. Without a GPU: ordinary memory.
         max_grad_norm: Largest norm of all gradients together, to which the step clips them; None is off.
         previous_norm: Whether the norm that is compared with `max_grad_norm` is that of the gradients of the
-            step before, which is known before the first gradient is used. The first step clips
-            nothing.
+            step before, which is known before the first gradient is used. The first step clips nothing.
         amp_fused: Whether a ``GradScaler`` hands its scale and its verdict to the step, which then unscales,
             and skips itself, without a synchronisation. Off by default, as Lightning refuses to clip then.
         bf16_stochastic_round: Whether bfloat16 parameters are rounded stochastically, so that small updates
             are not lost; see `bnb_compile.rules.rounding`.
         release_gradients: Whether gradients are used and freed while the backward pass runs: in a graph that
             has both, or outside by hooks, which leave the rest to `step`. A number is the most bytes of
-            gradients that may wait; True for a twentieth of all. See `bnb_compile.optim.release`.
+            gradients that may wait (of whole tensors, where they are DTensors); True for a twentieth of all. See
+            `bnb_compile.optim.release`.
         compile: Whether `step` runs the compiled kernel; False runs the eager reference; "auto" the kernel if
             it can be compiled here, and else, with a warning, the reference.
     """

@@ -17,6 +17,7 @@ def portions(params: Sequence[Tensor], kinds: Sequence[Hashable], most: int | bo
 
     Parameters of different kinds cannot be updated together, so that of each kind a portion waits for its
     last gradient. For the fewest portions, a kind of t bytes may have portions in proportion to sqrt(t).
+    DTensors count as whole tensors, so that the portions are the same in all processes.
 
     Args:
         params: In the order in which their gradients appear, first to last.
