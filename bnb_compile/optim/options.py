@@ -38,7 +38,7 @@ class Options(TypedDict, total=False):
             are not lost; see `bnb_compile.rules.rounding`.
         release_gradients: Whether gradients are used and freed while the backward pass runs: in a graph that
             has both, or outside by hooks, which leave the rest to `step`. A number is the most bytes of
-            gradients that may wait (of whole tensors, where they are DTensors); True for a twentieth of all. See
+            gradients that may wait, DTensors counted whole; True for a twentieth of all. See
             `bnb_compile.optim.release`.
         compile: Whether `step` runs the compiled kernel; False runs the eager reference; "auto" the kernel if
             it can be compiled here, and else, with a warning, the reference.
