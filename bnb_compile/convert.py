@@ -121,9 +121,9 @@ def _state_from_torch(rule: Rule, state: dict[str, Any]) -> dict[str, Any]:
 def _state_to_torch(rule: Rule, state: dict[str, Any], param: Tensor) -> dict[str, Any]:
     entry = {"step": torch.tensor(float(state["step"]))}
     sharded = is_sharded(param)
-    state = to_local(state, param) if sharded else state
+    state = to_local(state, param, rule.states) if sharded else state
     for k, kind in enumerate(rule.states):
-        values = decode(state, k, local(param).numel()).clone()
+        values = decode(state, k, local(param).numel(), rule.states).clone()
         entry[kind.name] = placed_as(values, param) if sharded else values.view(param.shape)
     if "variance" in entry:
         entry["square_avg"] = entry.pop("variance") + entry["grad_avg"].square()

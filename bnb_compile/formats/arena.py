@@ -2,7 +2,8 @@
 
 An arena holds the parameters one after another in the order of their list, each in its own row-major
 (logical) order, whatever the parameter's strides are. A format says which arenas there are (`Part`): one may
-have an entry for each element, another one for each block of elements.
+have an entry for each element, another one for each block of elements. What elements share begins anew with
+each block, two of which are never in one entry.
 """
 
 from __future__ import annotations
@@ -22,12 +23,34 @@ class Part(NamedTuple):
     Attributes:
         name: As it is called in the names of arenas.
         dtype: Of its entries.
-        per: Elements that share an entry: less than ALIGN, or a divisor of BLOCK.
+        per: Elements that share an entry: a divisor of BLOCK. Of 2 elements an entry of 8 bits has a code of 4
+            bits each, that of the first in its low half; signed if the dtype is.
     """
 
     name: str
     dtype: torch.dtype
     per: int = 1
+
+    @property
+    def packed(self) -> bool:
+        """Whether an entry has codes of two elements."""
+        return self.per == 2
+
+    @property
+    def of_elements(self) -> bool:
+        """Whether an element has something of its own in it."""
+        return self.per == 1 or self.packed
+
+    def unpacked(self, entries: torch.Tensor) -> torch.Tensor:
+        """Codes, int32, of entries of two each."""
+        bytes_ = entries.to(torch.int32) & 0xFF
+        codes = torch.stack([bytes_ & 15, bytes_ >> 4], -1).flatten(-2)
+        return (codes ^ 8) - 8 if self.dtype == torch.int8 else codes
+
+    def pack(self, codes: torch.Tensor) -> torch.Tensor:
+        """The reverse of `unpacked`."""
+        low, high = codes.to(torch.int32).unflatten(-1, (-1, 2)).unbind(-1)
+        return (low & 15 | high << 4).to(torch.uint8).view(self.dtype)
 
 
 class Geometry(NamedTuple):
@@ -58,11 +81,15 @@ class Slot(NamedTuple):
 
     def span(self, per: int) -> slice:
         """The parameter's entries in an arena with an entry for each `per` elements."""
-        if per < ALIGN:
-            first = self.offset // per
-            return slice(first, first - -self.numel // per)
+        if per == 1:
+            return slice(self.offset, self.offset + self.numel)
         each = BLOCK // per
         return slice(self.block * each, (self.block + self.blocks) * each)
+
+    @property
+    def padded_numel(self) -> int:
+        """Elements with those that `padded` adds."""
+        return self.numel if self.row >= self.numel else self.blocks * BLOCK
 
     def padded(self, x: torch.Tensor) -> torch.Tensor:
         """``(numel,)`` entries with zeros between rows, so that every row begins with a block."""
@@ -70,6 +97,14 @@ class Slot(NamedTuple):
             return x
         missing = self.row_blocks * BLOCK - self.row
         return torch.nn.functional.pad(x.view(-1, self.row), (0, missing)).view(-1)
+
+    def padded_part(self, entries: torch.Tensor, per: int) -> torch.Tensor:
+        """`padded`, of entries that `per` elements share; those of blocks are where they are already."""
+        return self.padded(entries) if per == 1 else entries
+
+    def unpadded_part(self, entries: torch.Tensor, per: int) -> torch.Tensor:
+        """The reverse of `padded_part`."""
+        return self.unpadded(entries) if per == 1 else entries
 
     def unpadded(self, x: torch.Tensor) -> torch.Tensor:
         """The reverse of `padded`."""
@@ -92,7 +127,7 @@ class Layout(NamedTuple):
 
     def length(self, per: int) -> int:
         """Length of a row of an arena with an entry for each `per` elements, so that every row is aligned."""
-        entries = -(-self.elements // per) if per < ALIGN else self.blocks * (BLOCK // per)
+        entries = self.elements if per == 1 else self.blocks * (BLOCK // per)
         return -(-entries // ALIGN) * ALIGN
 
 

@@ -21,4 +21,4 @@ BFLOAT16 = Elements("bfloat16", torch.bfloat16)
 
 def choose(states: Sequence[State]) -> tuple[Stored, ...]:
     """The format of each state of a rule."""
-    return tuple(Stored(BFLOAT16, (k,)) for k in range(len(states)))
+    return tuple(Stored(BFLOAT16, k) for k in range(len(states)))

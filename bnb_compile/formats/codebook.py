@@ -134,6 +134,39 @@ def closed_form(a: Tensor, signed: bool, margin: float = 0.0) -> Tensor:
     return torch.where(a > one.above, float(one.last), cell)
 
 
+def stochastic(a: Tensor, noise: Tensor) -> Tensor:
+    """A number whose nearest code is one of the two around `a`, the upper one as often as `a` is near to it.
+
+    So the mean of what is decoded is `a`, between any two codes but the lowest: below the first code above 0 it
+    is that one, see `never_zero`.
+
+    Args:
+        a: Numbers times ``1 / absmax`` of the unsigned map, float32, any shape.
+        noise: Uniform in [0, 1).
+    """
+    zero, lowest, *higher, one = SEGMENTS[False]
+    first, end = torch.ones_like(a), torch.full_like(a, float(lowest.last))
+    slope, start = torch.full_like(a, lowest.slope), torch.full_like(a, lowest.start)
+    below = lowest
+    for segment in higher:
+        inside = a > segment.above
+        slope = torch.where(inside, segment.slope, slope)
+        start = torch.where(inside, segment.start, start)
+        first = torch.where(inside, float(below.last + 1), first)
+        end = torch.where(inside, float(segment.last), end)
+        below = segment
+    # In cells of a's decade. From its first code down to the code before it are 0.6 cells, a fifth of a cell
+    # being one there; from its last code up to the next one are 3, or up to 1.0 half a one.
+    place = a * slope + start - 0.5
+    before, after = torch.minimum(place - first, torch.zeros_like(a)), torch.maximum(place - end, torch.zeros_like(a))
+    before = torch.where(first > 1, before * (2 / 3), -before)
+    after = torch.where(end < below.last, after * (-2 / 3), after)
+    code = torch.floor(place + before + after + noise)
+    place = torch.where(code < first, first - 0.1, code + 0.5)
+    place = torch.where(code > end, torch.where(end < below.last, end + 3.5, end + 1.0), place)
+    return torch.where(a > 0, (place - start) / slope, 0.0)
+
+
 def outward_bounds(signed: bool) -> Tensor:
     """Magnitudes above which the next code away from zero is nearer.
 

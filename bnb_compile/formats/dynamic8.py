@@ -27,7 +27,15 @@ from .. import backends
 from ..rules import State
 from . import codebook
 from .arena import BLOCK, Part, layout
-from .format import AbstractFormat, Stored, block_maxima, check_dense, check_finite, spread
+from .format import (
+    AbstractFormat,
+    Stored,
+    block_maxima,
+    check_dense,
+    check_finite,
+    same_blocks,
+    spread,
+)
 from .table import AbstractTable
 
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
@@ -123,33 +131,41 @@ class Dynamic8(AbstractFormat):
 
     Args:
         signed: Whether the state can be negative, and so has the signed map.
+        random: Whether it is rounded stochastically, which bitsandbytes does not do, but reads; only without a
+            sign.
     """
 
-    name = "dynamic8"
     parts = (Part("codes", torch.uint8), Part("absmax", torch.float32, per=BLOCK))
     maxima = 1
-    keys = ("state", "qmap", "absmax", "max", "new_max")
+    keys: Mapping[str, str] = {"codes": "state", "absmax": "absmax"}
 
-    def __init__(self, signed: bool) -> None:
-        self.signed = signed
+    def __init__(self, signed: bool, random: bool = False) -> None:
+        self.signed, self.random = signed, random
+        self.name = "dynamic8sr" if random else "dynamic8"
         self.tables = {"codes": DynamicTable(signed)}
 
-    def decode(self, numbers: Sequence[Tensor], shared: Sequence[Tensor]) -> Sequence[Tensor]:
+    def decode(self, numbers: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:
         """See `AbstractFormat`."""
-        return [numbers[0] * shared[0]]
+        return numbers[0] * shared[0]
 
-    def magnitudes(self, states: Sequence[Tensor]) -> Sequence[Tensor]:
+    def magnitudes(self, state: Tensor) -> Sequence[Tensor]:
         """See `AbstractFormat`."""
-        return [states[0].abs() if self.signed else states[0]]
+        return [state.abs() if self.signed else state]
 
     def share(self, maxima: Sequence[Tensor]) -> Sequence[Tensor]:
         """See `AbstractFormat`."""
         return [_scale(maxima[0])]
 
-    def encode(self, states: Sequence[Tensor], shared: Sequence[Tensor]) -> Sequence[Tensor]:
+    def encode(self, state: Tensor, shared: Sequence[Tensor], noise: Any) -> Sequence[Tensor]:
         """See `AbstractFormat`."""
         absmax = shared[0]
-        return [states[0] * torch.where(absmax > 0, absmax.reciprocal(), 0.0)]
+        x = state * torch.where(absmax > 0, absmax.reciprocal(), 0.0)
+        return [codebook.stochastic(x, noise) if self.random else x]
+
+    def is_in(self, saved: Mapping[str, Any], number: int) -> bool:
+        """See `AbstractFormat`; a tensor of codes without anything else is a damaged one of these."""
+        codes = saved.get(f"state{number}")
+        return isinstance(codes, Tensor) and codes.dtype == torch.uint8 and f"low{number}" not in saved
 
     def entries(self, parts: Mapping[str, Tensor], number: int, shape: torch.Size) -> dict[str, Tensor]:
         """See `AbstractFormat`."""
@@ -164,24 +180,21 @@ class Dynamic8(AbstractFormat):
         self, saved: Mapping[str, Any], number: int, numel: int, row: int = 0
     ) -> dict[str, Tensor] | None:
         """See `AbstractFormat`."""
-        found = _blockwise(saved, number, numel, self.signed)
-        if found is None or found.block != BLOCK or found.signed != self.signed:
+        if not self.is_in(saved, number):
             return None
-        # Where rows are whole blocks it does not matter that they are rows.
-        if found.row != row and (found.row % BLOCK or row % BLOCK):
+        found = _blockwise(saved, number, numel, self.signed)
+        if found.block != BLOCK or found.signed != self.signed or not same_blocks(found.row, row):
             return None
         return {"codes": found.codes, "absmax": found.absmax}
 
-    def decode_saved(self, saved: Mapping[str, Any], number: int, numel: int) -> list[Tensor] | None:
+    def decode_saved(self, saved: Mapping[str, Any], number: int, numel: int) -> Tensor:
         """See `AbstractFormat`; reads either map, blocks of 2048 elements, and blocks that end with rows."""
         found = _blockwise(saved, number, numel, self.signed)
-        if found is None:
-            return None
         values = dynamic_map(found.signed, found.codes.device).values
         if not found.row:
-            return [dequantize(found.codes, found.absmax, values, found.block)]
+            return dequantize(found.codes, found.absmax, values, found.block)
         (slot,) = layout([numel], (found.row, 0, 0)).slots
-        return [slot.unpadded(dequantize(slot.padded(found.codes), found.absmax, values, BLOCK))]
+        return slot.unpadded(dequantize(slot.padded(found.codes), found.absmax, values, BLOCK))
 
 
 class _Blockwise(NamedTuple):
@@ -192,8 +205,8 @@ class _Blockwise(NamedTuple):
     row: int  # elements, if blocks end with rows; 0 if not
 
 
-def _blockwise(saved: Mapping[str, Any], number: int, numel: int, expected: bool) -> _Blockwise | None:
-    """A state of a checkpoint as bitsandbytes writes it, checked; None if it is no uint8 tensor.
+def _blockwise(saved: Mapping[str, Any], number: int, numel: int, expected: bool) -> _Blockwise:
+    """A state of a checkpoint as bitsandbytes writes it, checked.
 
     Args:
         saved: The entry.
@@ -202,8 +215,6 @@ def _blockwise(saved: Mapping[str, Any], number: int, numel: int, expected: bool
         expected: Whether its map should be the signed one, which a tensor without values is taken to be.
     """
     codes = check_dense(f"state{number}", saved.get(f"state{number}"))
-    if codes.dtype != torch.uint8:
-        return None
     counts = {-(-numel // size): size for size in (_OLD_BLOCK, BLOCK)}
     name = f"absmax{number}"
     if name in saved or f"max{number}" not in saved:
@@ -249,8 +260,17 @@ def _which_map(qmap: Tensor, name: str) -> bool:
 
 
 SIGNED, UNSIGNED = Dynamic8(signed=True), Dynamic8(signed=False)
+STOCHASTIC = Dynamic8(signed=False, random=True)
 
 
 def choose(states: Sequence[State]) -> tuple[Stored, ...]:
     """The format of each state of a rule."""
-    return tuple(Stored(UNSIGNED if s.nonnegative else SIGNED, (k,)) for k, s in enumerate(states))
+    return tuple(Stored(UNSIGNED if s.nonnegative else SIGNED, k) for k, s in enumerate(states))
+
+
+def choose_stochastic(states: Sequence[State]) -> tuple[Stored, ...]:
+    """As `choose`, with means of squares rounded stochastically."""
+    return tuple(
+        Stored(STOCHASTIC, stored.state) if s.nonnegative and not s.maximum else stored
+        for stored, s in zip(choose(states), states)
+    )

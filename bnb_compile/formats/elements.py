@@ -20,37 +20,37 @@ class Elements(AbstractFormat):
         dtype: Of the numbers.
     """
 
+    keys: Mapping[str, str] = {"values": "state"}
+
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         self.name, self.dtype = name, dtype
         self.parts = (Part("values", dtype),)
 
-    def decode(self, numbers: Sequence[Tensor], shared: Sequence[Tensor]) -> Sequence[Tensor]:
+    def decode(self, numbers: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:
         """See `AbstractFormat`."""
-        return numbers
+        return numbers[0]
 
-    def encode(self, states: Sequence[Tensor], shared: Sequence[Tensor]) -> Sequence[Tensor]:
+    def encode(self, state: Tensor, shared: Sequence[Tensor], noise: Any) -> Sequence[Tensor]:
         """See `AbstractFormat`; rounds to nearest."""
-        return states
+        return [state]
 
-    def entries(self, parts: Mapping[str, Tensor], number: int, shape: torch.Size) -> dict[str, Tensor]:
-        """See `AbstractFormat`."""
-        return {f"state{number}": parts["values"].view(shape)}
+    def is_in(self, saved: Mapping[str, Any], number: int) -> bool:
+        """See `AbstractFormat`; any floating-point dtype is read."""
+        values = saved.get(f"state{number}")
+        return isinstance(values, Tensor) and values.is_floating_point()
 
     def parts_of(
         self, saved: Mapping[str, Any], number: int, numel: int, row: int = 0
     ) -> dict[str, Tensor] | None:
         """See `AbstractFormat`."""
         name = f"state{number}"
-        values = check_dense(name, saved.get(name))
-        if values.dtype != self.dtype:
+        if not self.is_in(saved, number) or saved[name].dtype != self.dtype:
             return None
+        values = check_dense(name, saved[name])
         check_finite(name, values)
         return {"values": values.reshape(-1)}
 
-    def decode_saved(self, saved: Mapping[str, Any], number: int, numel: int) -> list[Tensor] | None:
+    def decode_saved(self, saved: Mapping[str, Any], number: int, numel: int) -> Tensor:
         """See `AbstractFormat`; reads any floating-point dtype."""
         name = f"state{number}"
-        values = check_dense(name, saved.get(name))
-        if not values.is_floating_point():
-            return None
-        return [check_finite(name, values).reshape(-1)]
+        return check_finite(name, check_dense(name, saved[name])).reshape(-1)

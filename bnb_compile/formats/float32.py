@@ -15,4 +15,4 @@ FLOAT32 = Elements("float32", torch.float32)
 
 def choose(states: Sequence[State]) -> tuple[Stored, ...]:
     """The format of each state of a rule."""
-    return tuple(Stored(FLOAT32, (k,)) for k in range(len(states)))
+    return tuple(Stored(FLOAT32, k) for k in range(len(states)))

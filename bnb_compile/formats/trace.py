@@ -8,25 +8,32 @@ from typing import NamedTuple
 import torch
 
 from ..rules.trace import trace
-from .arena import BLOCK
-from .format import AbstractFormat
+from .arena import BLOCK, Part
+from .format import AbstractFormat, Stored
+from .ratio import restored, to_ratio
 from .table import AbstractTable
 
 
 class TracedFormat(NamedTuple):
-    """The functions of a format as graphs of float32, each with its sequences of arguments one after another.
+    """The functions of a format as graphs, each with its sequences of arguments one after another.
 
     Attributes:
-        decode: ``(*numbers, *shared) -> states``.
-        magnitudes: ``(*states) -> magnitudes``.
+        decode: ``(*numbers, *shared) -> (state,)``.
+        magnitudes: ``(state) -> magnitudes``.
         share: ``(*maxima) -> shared``.
-        encode: ``(*states, *shared) -> numbers``.
+        encode: ``(state, *shared, noise) -> numbers``.
     """
 
     decode: torch.fx.Graph
     magnitudes: torch.fx.Graph
     share: torch.fx.Graph
     encode: torch.fx.Graph
+
+
+def number_dtype(of: AbstractFormat, part: Part) -> torch.dtype:
+    """Dtype of what a format calls numbers of a part."""
+    whole = part.name not in of.tables and not part.dtype.is_floating_point
+    return torch.int32 if whole else torch.float32
 
 
 @functools.cache
@@ -37,22 +44,42 @@ def trace_format(of: AbstractFormat) -> TracedFormat:
         NotImplementedError: If it uses an operation that some language does not have, or parts that no kernel
             can have.
     """
-    numbers, shared, states = len(of.of_elements), len(of.of_blocks), of.states
-    for part in of.parts:
-        if part.per not in (1, BLOCK):
-            raise NotImplementedError(f"{of.name}: {part.name} is shared by {part.per} elements, not {BLOCK}")
+    f32 = torch.float32
+    numbers = [number_dtype(of, part) for part in of.of_elements]
+    shared = [f32] * len(of.of_blocks)
+    for part in of.of_blocks:
+        if part.per != of.block or part.per < 32 or BLOCK % part.per:
+            raise NotImplementedError(
+                f"{of.name}: {part.name} is shared by {part.per} elements, must be by as many as its others, a "
+                f"divisor of {BLOCK} of at least 32"
+            )
+        if not part.dtype.is_floating_point:
+            raise NotImplementedError(f"{of.name}: {part.name} is {part.dtype}, must be floating-point")
+    for part in of.of_elements:
+        if part.packed and (part.name in of.tables or part.dtype not in (torch.int8, torch.uint8)):
+            raise NotImplementedError(f"{of.name}: {part.name} is packed, must be of integers of 8 bits")
+    count = len(numbers)
     return TracedFormat(
-        trace(lambda *a: of.decode(a[:numbers], a[numbers:]), numbers + shared, torch.float32),
-        trace(lambda *a: of.magnitudes(a), states, torch.float32),
-        trace(lambda *a: of.share(a), of.maxima, torch.float32),
-        trace(lambda *a: of.encode(a[:states], a[states:]), states + shared, torch.float32),
+        trace(lambda *a: (of.decode(a[:count], a[count:]),), [*numbers, *shared]),
+        trace(lambda x: of.magnitudes(x), [f32]),
+        trace(lambda *a: of.share(a), [f32] * of.maxima),
+        trace(lambda x, *a: of.encode(x, a[:-1], a[-1]), [f32, *shared, f32]),
+    )
+
+
+@functools.cache
+def trace_ratio() -> tuple[torch.fx.Graph, torch.fx.Graph]:
+    """``(state, over) -> (ratio,)``, and its reverse."""
+    return (
+        trace(lambda *a: (to_ratio(*a),), [torch.float32] * 2),
+        trace(lambda *a: (restored(*a),), [torch.float32] * 2),
     )
 
 
 @functools.cache
 def trace_code(table: AbstractTable) -> torch.fx.Graph:
     """``(number,) -> (code,)``, both float32."""
-    return trace(lambda x: (table.code(x),), 1, torch.float32)
+    return trace(lambda x: (table.code(x),), [torch.float32])
 
 
 @functools.cache
@@ -66,14 +93,24 @@ def zero_of(table: AbstractTable) -> int:
     return numbers_of(table).index(0.0)
 
 
-def check(of: AbstractFormat) -> None:
-    """Trace all of a format.
+def check(stored: tuple[Stored, ...]) -> None:
+    """Trace all formats of a rule's states.
 
     Raises:
         NotImplementedError: See `trace_format`.
-        ValueError: If a table has no 0.
+        ValueError: If a table has no 0, or the formats do not go together.
     """
-    trace_format(of)
-    for table in of.tables.values():
-        trace_code(table)
-        zero_of(table)
+    passed: dict[int, AbstractFormat] = {}
+    for one in stored:
+        of = one.format
+        trace_format(of)
+        for table in of.tables.values():
+            trace_code(table)
+            zero_of(table)
+        if of.ratio != (one.over is not None):
+            raise ValueError(f"{of.name}: a format of ratios, and no other, is over another state")
+        if one.over is not None and one.over not in passed:
+            raise ValueError(f"{of.name} is over state {one.over}, which must be stored before it")
+        if one.over is not None and (passed[one.over].tables or passed[one.over].ratio):
+            raise NotImplementedError(f"{of.name} is over {passed[one.over].name}, which has a table or is a ratio")
+        passed[one.state] = of

@@ -31,7 +31,7 @@ def operator_hash(op: StepOp) -> str | None:
         texts += map(str, (op.rule.hyper._fields, op.rule.states, *trace_rule(op.rule)))
     for stored in op.stored:
         if not type(stored.format).__module__.startswith(package):
-            texts += map(str, (stored.states, stored.format.parts, *trace_format(stored.format)))
+            texts += map(str, (stored.state, stored.over, stored.format.parts, *trace_format(stored.format)))
         for part, table in stored.format.tables.items():
             if not type(table).__module__.startswith(package):
                 texts += map(str, (part, numbers_of(table), trace_code(table)))

@@ -7,6 +7,8 @@ import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 
 class Dialect(NamedTuple):
     """How a language writes arithmetic.
@@ -16,11 +18,17 @@ class Dialect(NamedTuple):
         constant: Writes a number.
         operations: Template of each operation, with its operands as positional fields. `fma` (a*b + c)
             and `fnma` (c - a*b) are used where they are given.
+        integers: How it writes that of int32 between the numbers; None if it has none.
     """
 
     declare: str
     constant: Callable[[float], str]
     operations: dict[str, str]
+    integers: Dialect | None = None
+
+    def of(self, dtype: torch.dtype) -> Dialect:
+        """The dialect of what has a dtype."""
+        return self.integers if dtype == torch.int32 and self.integers is not None else self
 
 
 def _c_number(value: float, kind: str, suffix: str = "") -> str:
@@ -78,7 +86,39 @@ C_DOUBLE = Dialect(
     },
 )
 
-#: ``V``, a vector of floats of ATen's (ATen/cpu/vec).
+#: ``I``, a vector of int32.
+C_INTEGERS = Dialect(
+    "const I {name} = {value};",
+    lambda value: f"I({int(value)})",
+    _ARITHMETIC
+    | _COMPARISONS
+    | _BITS
+    | {
+        "minimum": "at::vec::minimum({}, {})",
+        "maximum": "at::vec::maximum({}, {})",
+        "where": "I::blendv({2}, {1}, {0})",
+        "bits": "as_integers({})",
+        "convert": "to_integers({})",
+    },
+)
+
+#: Triton's int32.
+TRITON_INTEGERS = Dialect(
+    "{name} = {value}",
+    lambda value: str(int(value)),
+    _ARITHMETIC
+    | _COMPARISONS
+    | _BITS
+    | {
+        "minimum": "tl.minimum({}, {})",
+        "maximum": "tl.maximum({}, {})",
+        "where": "tl.where({}, {}, {})",
+        "bits": "{}.to(tl.int32, bitcast=True)",
+        "convert": "{}.to(tl.int32)",
+    },
+)
+
+#: ``V``, a vector of floats of ATen's (ATen/cpu/vec); tensors.h has what that lacks.
 C_VECTOR = Dialect(
     "const V {name} = {value};",
     _c_float,
@@ -91,7 +131,7 @@ C_VECTOR = Dialect(
         "abs": "({}).abs()",
         "reciprocal": "({}).reciprocal()",
         "sqrt": "({}).sqrt()",
-        "rsqrt": "({}).sqrt().reciprocal()",
+        "rsqrt": "rsqrt({})",
         "floor": "({}).floor()",
         "sign": "V::blendv(V::blendv(V(0.f), V(1.f), {0} > V(0.f)), V(-1.f), {0} < V(0.f))",
         "exp": "({}).exp()",
@@ -100,16 +140,13 @@ C_VECTOR = Dialect(
         "minimum": "at::vec::minimum({}, {})",
         "maximum": "at::vec::maximum({}, {})",
         "where": "V::blendv({2}, {1}, {0})",
+        "bits": "as_numbers({})",
+        "convert": "to_numbers({})",
     },
+    C_INTEGERS,
 )
 
-#: ``I``, a vector of int32.
-C_INTEGERS = Dialect("const I {name} = {value};", lambda value: f"I({int(value)})", _ARITHMETIC | _BITS)
-
-#: Triton's int32.
-TRITON_INTEGERS = Dialect("{name} = {value}", lambda value: str(int(value)), _ARITHMETIC | _BITS)
-
-#: Triton; the kernels define ``div``, ``sqrt`` and FAST.
+#: Triton; the kernels define ``div``, ``sqrt``, ``rsqrt`` and FAST.
 TRITON = Dialect(
     "{name} = {value}",
     lambda value: "float('inf')" if value == math.inf else f"{float(value)!r}",
@@ -120,7 +157,7 @@ TRITON = Dialect(
         "neg": "-({})",
         "abs": "tl.abs({})",
         "sqrt": "sqrt({}, FAST)",
-        "rsqrt": "1.0 / sqrt({}, FAST)",
+        "rsqrt": "rsqrt({}, FAST)",
         "floor": "tl.floor({})",
         "sign": "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, 0.0))",
         "exp": "tl.exp({})",
@@ -129,7 +166,10 @@ TRITON = Dialect(
         "minimum": "tl.minimum({}, {})",
         "maximum": "tl.maximum({}, {})",
         "where": "tl.where({}, {}, {})",
+        "bits": "{}.to(tl.float32, bitcast=True)",
+        "convert": "{}.to(tl.float32)",
     },
+    TRITON_INTEGERS,
 )
 
 #: Triton in float64, for a rule's scalars.

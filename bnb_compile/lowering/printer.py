@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -29,26 +28,32 @@ def write(graph: torch.fx.Graph, arguments: Sequence[str], dialect: Dialect) -> 
     lines: list[str] = []
     product = _products_to_fuse(graph) if "fma" in dialect.operations else {}
 
-    def text(value: Any) -> str:
-        return expression[value] if isinstance(value, torch.fx.Node) else dialect.constant(value)
-
     for node in graph.nodes:
         if node.op == "placeholder":
             expression[node] = next(names)
         elif node.op == "output":
-            return lines, [text(value) for value in node.args[0]]
+            return lines, [expression[value] for value in node.args[0]]
         elif is_constant(node):
-            expression[node] = dialect.constant(constant_of(node))
+            expression[node] = dialect.of(_dtype(node)).constant(constant_of(node))
         elif node not in product.values():
             name, operands = OPERATIONS[node.target], node.args
             if node in product:
                 other = next(a for a in node.args if a is not product[node])
                 name = "fma" if name == "add" else "fnma"
                 operands = (*product[node].args, other)
-            value = dialect.operations[name].format(*map(text, operands))
+            own = dialect.of(_dtype(node))
+            if name in ("bits", "convert"):
+                operands = operands[:1]  # without the dtype, which `own` is for
+            texts = [expression[x] if isinstance(x, torch.fx.Node) else own.constant(x) for x in operands]
             expression[node] = f"t{len(lines)}"
-            lines.append(dialect.declare.format(name=expression[node], value=value))
+            lines.append(own.declare.format(name=expression[node], value=own.operations[name].format(*texts)))
     raise AssertionError("a graph has an output")
+
+
+def _dtype(node: torch.fx.Node) -> torch.dtype:
+    """Of what a node computes with, which of a comparison is that of its operands."""
+    dtype = node.meta["val"].dtype
+    return _dtype(node.args[0]) if dtype == torch.bool else dtype  # type: ignore[arg-type]
 
 
 def _products_to_fuse(graph: torch.fx.Graph) -> dict[torch.fx.Node, torch.fx.Node]:
@@ -63,6 +68,7 @@ def _products_to_fuse(graph: torch.fx.Graph) -> dict[torch.fx.Node, torch.fx.Nod
                 isinstance(value, torch.fx.Node)
                 and value.target is aten.mul.Tensor
                 and len(value.users) == 1
+                and node.meta["val"].dtype != torch.int32
                 and node.args[0] is not node.args[1]
             ):
                 fused[node] = value

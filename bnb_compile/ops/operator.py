@@ -184,8 +184,28 @@ class StepOp:
 
     @property
     def maxima(self) -> int:
-        """Number of maxima that the formats must know of each block."""
-        return sum(stored.format.maxima for stored in self.stored)
+        """Number of maxima that the formats can be given of a whole parameter; of ratios there are none."""
+        return sum(stored.format.maxima for stored in self.stored if stored.over is None)
+
+    @property
+    def random(self) -> bool:
+        """Whether some format rounds stochastically."""
+        return any(stored.format.random for stored in self.stored)
+
+    @property
+    def has_ratios(self) -> bool:
+        """Whether a state is stored as its ratio to the root of another."""
+        return any(stored.over is not None for stored in self.stored)
+
+    def compensated(self, modes: Modes, param_dtype: torch.dtype) -> tuple[Stored, ...]:
+        """The states of which the parameter is given at once what rounding takes away of them.
+
+        It would have come in the steps that follow, see `State.impulse`. Not where a trust ratio changes the
+        size of steps, nor where the parameter would be rounded to nearest, which loses what is given.
+        """
+        if modes.max_unorm or not (param_dtype == torch.float32 or modes.stochastic_round):
+            return ()
+        return tuple(s for s in self.stored if s.over is not None and self.rule.states[s.state].impulse)
 
     @property
     def shared_in_blocks(self) -> bool:

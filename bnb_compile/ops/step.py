@@ -36,9 +36,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..formats import BLOCK, FORMATS, Part, Slot, Stored
+from ..formats import BLOCK, FORMATS, Fresh, Slot, Stored, load_states, store_states
 from ..formats.trace import check
-from ..rules import Rule, round_bits, trust_ratio
+from ..rules import Rule, noise_of, random_bits, round_bits, trust_ratio
 from ..rules.trace import trace_rule
 from .library import define
 from .operator import Arguments, Options, StepOp, kernel_arguments
@@ -57,6 +57,8 @@ def _mistakes(op: StepOp, a: Arguments) -> Iterator[str]:
         if len(found) > 1 or not found <= set(PARAM_DTYPES):
             yield f"{what} are of {found}, must be of one dtype of {PARAM_DTYPES}"
     yield from a.options.mistakes()
+    if op.has_ratios and not a.options.block_wise:
+        yield "block_wise=False with states that are stored as ratios: each of their blocks has its own scale"
     if a.options.stochastic_round and a.params[0].dtype != torch.bfloat16:
         yield f"stochastic_round of params of {a.params[0].dtype}, must be torch.bfloat16"
     device = a.step.device
@@ -105,16 +107,13 @@ def parts_of(op: StepOp, arenas: Sequence[Tensor], stored: Stored, slot: Slot) -
 
 def _load(op: StepOp, arenas: Sequence[Tensor], slot: Slot) -> list[Tensor]:
     """A parameter's states, (numel,) float32 each."""
-    states: dict[int, Tensor] = {}
-    for stored in op.stored:
+
+    def padded(stored: Stored) -> dict[str, Tensor]:
         parts = parts_of(op, arenas, stored, slot)
-        padded = {part.name: _padded(parts, part, slot) for part in stored.format.parts}
-        states.update(zip(stored.states, map(slot.unpadded, stored.format.load(padded))))
-    return [states[k] for k in range(len(op.rule.states))]
+        return {part.name: slot.padded_part(parts[part.name], part.per) for part in stored.format.parts}
 
-
-def _padded(parts: dict[str, Tensor], part: Part, slot: Slot) -> Tensor:
-    return slot.padded(parts[part.name]) if part.per == 1 else parts[part.name]
+    states = load_states(op.stored, padded, slot.padded_numel)
+    return [slot.unpadded(states[k]) for k in range(len(op.rule.states))]
 
 
 def _store(
@@ -125,28 +124,33 @@ def _store(
     active: Tensor,
     usable: Tensor,
     maxima: Tensor | None,
-) -> None:
-    """Replace a parameter's states, if it is active."""
+    noise: Tensor | None,
+) -> dict[int, Fresh]:
+    """Replace a parameter's states, if it is active; returns what has been made of them, padded."""
     touched = active.expand(slot.blocks)
     if a.options.skip_zeros and a.options.block_wise:
         # Encoding a block anew may change it, so one without any gradient is left alone.
         in_rows = slot.padded(usable)
         padded = torch.nn.functional.pad(in_rows, (0, slot.blocks * BLOCK - in_rows.numel()))
         touched = touched & padded.view(-1, BLOCK).any(1)
-    first = 0
+    of_parameter = None if maxima is None or a.options.block_wise else list(maxima[:, None])
+    fresh = store_states(
+        op.stored,
+        [slot.padded(x) for x in states],
+        of_parameter,
+        0.5 if noise is None else slot.padded(noise),
+    )
     for stored in op.stored:
-        of_format = None
-        if maxima is not None and not a.options.block_wise:
-            of_format = list(maxima[first : first + stored.format.maxima, None])
-        first += stored.format.maxima
-        fresh = stored.format.store([slot.padded(states[k]) for k in stored.states], of_format)
         views = parts_of(op, a.arenas, stored, slot)
         for part in stored.format.parts:
-            where, entries = touched, fresh[part.name]
+            where = touched.repeat_interleave(BLOCK // part.per)
             if part.per == 1:
-                where = touched.repeat_interleave(BLOCK)[: slot.padded(usable).numel()]
-                where, entries = slot.unpadded(where), slot.unpadded(entries)
+                where = where[: slot.padded_numel]
+            where, entries = (
+                slot.unpadded_part(x, part.per) for x in (where, fresh[stored.state].parts[part.name])
+            )
             views[part.name].copy_(torch.where(where, entries, views[part.name]))
+    return fresh
 
 
 class _Element(NamedTuple):
@@ -193,7 +197,7 @@ def measure(op: StepOp, a: Arguments) -> Tensor:
             kept = [torch.where(e.usable, new, old) for new, old in zip(fresh, e.states)]
             found = [_squares(torch.where(e.usable, moved, 0.0)), _squares(e.param)]
             for stored in op.stored:
-                magnitudes = stored.format.magnitudes([kept[state] for state in stored.states])
+                magnitudes = () if stored.over is not None else stored.format.magnitudes(kept[stored.state])
                 found += [torch.cat([x, x.new_zeros(1)]).amax().double() for x in magnitudes]
             row = torch.stack(found)
         rows.append(row)
@@ -218,14 +222,22 @@ def update(op: StepOp, a: Arguments) -> None:
             options.unorm[k] = torch.where(active, update_norm.square().float(), options.unorm[k])
             ratio = trust_ratio(options.max_unorm[k].double(), totals[k, 1].sqrt(), update_norm)
             s = s._replace(step_size=(scalars.step_size * ratio).float())
-        new = list(op.rule.update(e.param, e.grad, *e.states, s))
-        if options.stochastic_round:
-            index = slot.indices(e.param.device).int()
-            new[0] = round_bits(new[0].view(torch.int32), index, a.step[k].int()).view(torch.float32)
-        param, *states = (torch.where(e.usable, n, o) for n, o in zip(new, (e.param, *e.states)))
-        a.params[k].copy_(param.view(a.params[k].shape))
+        param, *new = op.rule.update(e.param, e.grad, *e.states, s)
+        states = [torch.where(e.usable, n, o) for n, o in zip(new, e.states)]
+        random = noise = None
+        if options.stochastic_round or op.random:
+            random = random_bits(slot.indices(e.param.device).int(), a.step[k].int())
+            noise = noise_of(random)
         maxima = None if totals is None else totals[k, 2:].float()
-        _store(op, a, slot, states, active, e.usable, maxima)
+        fresh = _store(op, a, slot, states, active, e.usable, maxima, noise)
+        for stored in op.compensated(op.modes(options), a.params[k].dtype):
+            lost = states[stored.state] - slot.unpadded(fresh[stored.state].kept)
+            over = slot.unpadded(fresh[stored.over].kept)
+            param = param - s.step_size * op.rule.states[stored.state].impulse(lost, over, s)
+        if options.stochastic_round:
+            param = round_bits(param.view(torch.int32), random).view(torch.float32)
+        param = torch.where(e.usable, param, e.param)
+        a.params[k].copy_(param.view(a.params[k].shape))
 
 
 def _squares(x: Tensor) -> Tensor:
@@ -247,10 +259,9 @@ def step_op(rule: Rule, format: str | tuple[Stored, ...]) -> StepOp:
     if isinstance(format, str):
         if format not in FORMATS:
             raise ValueError(f"Invalid format: {format!r}, must be one of {sorted(FORMATS)}")
-        return step_op(rule, FORMATS[format](rule.states))
+        return step_op(rule, FORMATS[format].choose(rule.states))
     trace_rule(rule)  # checks it
-    for stored in format:
-        check(stored.format)
+    check(format)
     op = StepOp(rule, format)
     _register(op)
     return op

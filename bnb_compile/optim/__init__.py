@@ -4,9 +4,11 @@ from .adagrad import Adagrad as Adagrad
 from .adagrad import Adagrad8bit as Adagrad8bit
 from .adagrad import Adagrad32bit as Adagrad32bit
 from .adam import Adam as Adam
+from .adam import Adam4bit as Adam4bit
 from .adam import Adam8bit as Adam8bit
 from .adam import Adam32bit as Adam32bit
 from .adam import AdamW as AdamW
+from .adam import AdamW4bit as AdamW4bit
 from .adam import AdamW8bit as AdamW8bit
 from .adam import AdamW32bit as AdamW32bit
 from .adam import PagedAdam as PagedAdam

@@ -57,6 +57,12 @@ class Adam8bit(Adam):
     bits = 8
 
 
+class Adam4bit(Adam):
+    """Adam with 4-bit states: a moment has half a byte, and both together have 1.06."""
+
+    bits = 4
+
+
 class Adam32bit(Adam):
     """Adam with 32-bit states."""
 
@@ -102,6 +108,12 @@ class AdamW8bit(AdamW):
     """AdamW with 8-bit states."""
 
     bits = 8
+
+
+class AdamW4bit(AdamW):
+    """AdamW with 4-bit states: a moment has half a byte, and both together have 1.06."""
+
+    bits = 4
 
 
 class AdamW32bit(AdamW):

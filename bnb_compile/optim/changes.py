@@ -38,9 +38,10 @@ notice; capture again after such a change.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -51,10 +52,13 @@ from torch._library.opaque_object import MemberType, register_opaque_type
 from torch._opaque_base import OpaqueBase
 
 from .. import backends
+from ..formats import FORMATS, Stored, ratio
 from ..ops.operator import Modes
 from ..ops.step import step_op
+from ..rules import Rule
 from ..state import paging
 from ..state.bucket import Bucket, Kind
+from ..state.checkpoint import Numbers
 from ..state.memory import check_parameter, waves
 from ..state.portions import portions
 from ..state.sharding import check_whole, ends_with_rows, geometry_of, has_blocks, local, sharding_of
@@ -62,7 +66,7 @@ from ..state.structure import Structure, Wanted
 from ..state.watched import States
 from .base import AbstractOptimizer
 from .manager import GlobalOptimManager
-from .options import ARGS, PAGED_SIZE, check_args, format_of
+from .options import ARGS, OF_BITS, PAGED_SIZE, check_args, format_of
 
 #: Inductor of torch 2.11 copies a parameter that shares its storage with another to a wrong place.
 _COMPILES_VIEWS = torch.__version__ >= "2.13"
@@ -268,6 +272,7 @@ class Changes(OpaqueBase):
     def _write(self, k: int, source: Source) -> None:
         values = self._values(source)
         for bucket, rows in source.rows:
+            _check_ratios(bucket.op.rule, bucket.op.stored, {}, values)
             bucket.hyper.write(k, rows, values)
         self._written[k] = _key(values)
 
@@ -340,13 +345,24 @@ class Changes(OpaqueBase):
         self._overrides = manager.overrides(self.optimizer.param_groups)
 
     def config(
-        self, group: Mapping[str, Any], param: Tensor, override: Mapping[str, Any] | None = None
+        self, group: Mapping[str, Any], param: Tensor | None, override: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         """A parameter's hyperparameters and checked options, with its overrides."""
         if override is None:
             override = self._overrides.get(id(param), {})
         config = {**vars(self.optimizer.args), **group, **override}
         return {**config, **check_args({key: config[key] for key in ARGS})}
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """Look at a group that is added, as far as it can be said without its parameters.
+
+        Raises:
+            ValueError: If its options and hyperparameters do not go together.
+        """
+        config = self.config(group, None, {})
+        rule = self.optimizer.family.rule(config)
+        stored = FORMATS[config["states"] or OF_BITS[config["optim_bits"]]].choose(rule.states)
+        _check_ratios(rule, stored, config, self.optimizer.family.hyper(config))
 
     def kind(self, config: Mapping[str, Any], param: Tensor) -> Kind:
         """What bucket a parameter is for."""
@@ -357,13 +373,14 @@ class Changes(OpaqueBase):
         op = step_op(rule, format_of(config, param.numel(), has_blocks(param)))
         clipped = config["percentile_clipping"] < 100
         stochastic = optimizer.bf16_stochastic_round and param.dtype == torch.bfloat16
+        _check_ratios(rule, op.stored, config, optimizer.family.hyper(config))
         modes = Modes(
             grad_scale=clipped or optimizer.max_grad_norm is not None or optimizer._step_supports_amp_scaling,
             max_unorm=config["max_unorm"] > 0,
             skip_zeros=config["skip_zeros"],
             block_wise=config["block_wise"] or not op.shared_in_blocks,
             stochastic_round=stochastic,
-            rows=ends_with_rows(param, op.shared_in_blocks, stochastic),
+            rows=ends_with_rows(param, op.shared_in_blocks, stochastic or op.random),
         )
         if modes.needs_totals or clipped or optimizer.max_grad_norm is not None:
             check_whole(param)
@@ -393,11 +410,11 @@ class Changes(OpaqueBase):
         for (group, param), wave in zip(of_group, of_wave):
             config = self.config(group, param)
             kind = self.kind(config, param)._replace(wave=wave)
-            placed = kind.sharding is not None or kind.modes.stochastic_round
+            placed = kind.sharding is not None or kind.modes.stochastic_round or kind.op.random
             found[id(param)] = Wanted(
                 param,
                 kind,
-                family.numbers_of(kind.op.rule),
+                _numbers(family.numbers_of(kind.op.rule), kind.op.stored),
                 tuple(map(float, family.initial(config))),
                 float(config["max_unorm"]),
                 config["percentile_clipping"],
@@ -471,6 +488,49 @@ def _addresses(params: list[Tensor]) -> Any:
 
 def _waves(params: list[Tensor]) -> list[int]:
     return [0] * len(params) if backends.replaces_tensors() else waves(list(map(local, params)))
+
+
+def _numbers(numbers: Numbers, stored: Sequence[Stored]) -> Numbers:
+    """How states are numbered in keys: several with one number only if they have one format."""
+    formats = {one.state: one.format.name for one in stored}
+    if all(len({formats[state] for state in members}) == 1 for members in numbers):
+        return numbers
+    return tuple((state,) for state in sorted(formats))
+
+
+def _check_ratios(
+    rule: Rule, stored: Sequence[Stored], config: Mapping[str, Any], values: Sequence[Any]
+) -> None:
+    """Raise if a state cannot be stored as its ratio to the root of another.
+
+    Args:
+        rule: The rule.
+        stored: How its states are stored.
+        config: Options of a parameter.
+        values: Of the rule's hyperparameters; what is in a tensor is not looked at.
+
+    Raises:
+        ValueError: If a block shall not have its own scale, or the ratio has no bound.
+    """
+    named = dict(zip(rule.hyper._fields, values))
+    for one in stored:
+        state = rule.states[one.state]
+        if one.over is None or state.decays is None:
+            continue
+        if not config.get("block_wise", True):
+            raise ValueError(
+                f"block_wise=False, must be True where {state.name} is stored as a ratio ({one.format.name}): "
+                "each of its blocks has its own scale"
+            )
+        (mean, decay), (squares, decay_over) = ((name, named[name]) for name in state.decays)
+        if isinstance(decay, Tensor) or isinstance(decay_over, Tensor):
+            continue
+        if ratio.most(float(decay), float(decay_over)) == math.inf:
+            raise ValueError(
+                f"{mean}={decay}, {squares}={decay_over}: must have {mean}**2 < {squares} where {state.name} is "
+                f"stored as its ratio to the root of {state.over} ({one.format.name}), which has no bound "
+                'otherwise; states="dynamic8" takes any'
+            )
 
 
 def _check_release(optimizer: AbstractOptimizer) -> None:

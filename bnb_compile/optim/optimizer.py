@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..formats import FORMATS
 from ..state.bucket import Bucket
 from ..state.gradients import Gradients, collect
 from ..state.memory import check_parameter
@@ -95,11 +96,8 @@ class Optimizer8bit(AbstractOptimizer):
             raise ValueError(
                 f"{name}: optim_bits={chosen['optim_bits']}, must be {self.bits}, or 32 (ignored)"
             )
-        if chosen["states"] is not None and saving.bits_of(chosen["states"]) != self.bits:
-            raise ValueError(
-                f"{name}: states={chosen['states']!r} has {saving.bits_of(chosen['states'])} bits, must have "
-                f"{self.bits}"
-            )
+        if chosen["states"] is not None and (bits := FORMATS[chosen["states"]].bits) != self.bits:
+            raise ValueError(f"{name}: states={chosen['states']!r} has {bits} bits, must have {self.bits}")
         return {**chosen, "optim_bits": self.bits}
 
     def begin(self) -> None:
@@ -119,6 +117,7 @@ class Optimizer8bit(AbstractOptimizer):
         for name in self.family.betas:  # they are in `betas`
             self.param_groups[-1].pop(name, None)
         try:
+            self._changes.check(self.param_groups[-1])
             for param in self.param_groups[-1]["params"]:
                 check_parameter(param)
                 self._compiles(param.device)  # warns

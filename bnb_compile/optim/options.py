@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
-from ..formats import FORMATS, bits_of
+from ..formats import FORMATS
 from ..validate import flag, integer, number
 
 
@@ -13,13 +13,14 @@ class Options(TypedDict, total=False):
     """Arguments that every optimizer takes besides its hyperparameters, by keyword.
 
     Attributes:
-        optim_bits: 8 for block-wise quantised states, 32 (the default) for float32. A class named for a
-            number of bits has that many; there 32 is also accepted as bitsandbytes' default.
+        optim_bits: 8 for block-wise quantised states, 32 (the default) for float32, 4 for half of 8. A class
+            named for a number of bits has that many; there 32 is also accepted as bitsandbytes' default.
         states: Name of a state format (see `bnb_compile.formats`), more exactly than by `optim_bits`:
-            "dynamic8" is
-            what 8 stands for, "float32" what 32 does, "bfloat16" has two bytes and no scales.
+            "dynamic8" is what 8 stands for, "float32" what 32 does, "ratio4" what 4 does; "dynamic8sr" rounds
+            second moments stochastically, "ratio8" and "ratio4_8" are nearer to float32, "bfloat16" has two
+            bytes and no scales.
         args: An object, or a dict, whose `optim_bits`, `min_8bit_size`, ... replace these arguments.
-        min_8bit_size: Parameters with fewer elements have float32 states instead of 8-bit ones.
+        min_8bit_size: Parameters with fewer elements have float32 states instead of ones of 8 or fewer bits.
         max_unorm: Largest norm of an update before the learning rate, relative to the parameter's norm; 0
             is none.
         skip_zeros: Whether an element whose gradient is zero keeps its value and its states.
@@ -71,6 +72,8 @@ ARGS: dict[str, Any] = {
     "percentile_clipping": 100,
     "block_wise": True,
 }
+#: The format that a number of bits stands for.
+OF_BITS = {4: "ratio4", 8: "dynamic8", 32: "float32"}
 #: Elements; below, paging is not worth it (bitsandbytes' number).
 PAGED_SIZE = 100_000
 
@@ -82,8 +85,8 @@ def check_args(args: dict[str, Any]) -> dict[str, Any]:
         ValueError: If one is out of its range.
     """
     bits, percentile = integer("optim_bits", args["optim_bits"]), args["percentile_clipping"]
-    if bits not in (8, 32):
-        raise ValueError(f"Invalid optim_bits: {bits}, must be 8 or 32")
+    if bits not in OF_BITS:
+        raise ValueError(f"Invalid optim_bits: {bits}, must be 4, 8 or 32")
     percentile = integer("percentile_clipping", percentile)
     if not 1 <= percentile <= 100:
         raise ValueError(f"Invalid percentile_clipping: {percentile}, must be in [1, 100]; 100 is off")
@@ -130,6 +133,6 @@ def format_of(config: Mapping[str, Any], numel: int, has_blocks: bool = True) ->
         numel: Of the parameter.
         has_blocks: Whether blocks of it can share something.
     """
-    name = config["states"] or {8: "dynamic8", 32: "float32"}[config["optim_bits"]]
+    name = config["states"] or OF_BITS[config["optim_bits"]]
     few = numel < config["min_8bit_size"] or not has_blocks
-    return "float32" if bits_of(name) <= 8 and few else name
+    return "float32" if FORMATS[name].bits <= 8 and few else name

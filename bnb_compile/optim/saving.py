@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import bits_of as bits_of
-from ..formats import layout
+from ..formats import FORMATS, STEMS, layout
 from ..ops.operator import StepOp
-from ..state.checkpoint import SHARED, STEMS, encode, flatten, match_groups, read_state, stem_of
+from ..state.checkpoint import encode, flatten, match_groups, numbers_in, read_state, shared_in, stem_of
 from ..state.sharding import (
     SHORTEST_ROW,
     can_be_placed,
@@ -29,6 +28,7 @@ from .base import AbstractOptimizer
 from .changes import Changes, params_of
 from .family import FAMILIES
 from .manager import GlobalOptimManager
+from .options import OF_BITS, format_of
 
 #: Key of the first group of a state dict: what `previous_norm` compares with next.
 NORM = "norm_before"
@@ -75,24 +75,23 @@ def _of_all_processes(place: Place, saved: dict[str, Any]) -> dict[str, Any]:
     """The entry of a DTensor in a state dict."""
     bucket, k = place
     param = bucket.params[k]
-    if can_be_placed(param) or not any(stem_of(key) in SHARED for key in saved):
+    if can_be_placed(param) or not any(shared_in(saved, number) for number in numbers_in(saved)):
         return to_global(saved, param)
     # Its blocks are those of columns, which no other mesh has: encode those of whole rows.
     own, numel = bucket.saved(k), bucket.local[k].numel()
     found = {key: x for key, x in saved.items() if stem_of(key) not in STEMS}
+    values, placed = zip(*(moved(x, param) for x in own.values(numel)))
+    (slot,) = layout([values[0].numel()], (row_of(param), 0, 0)).slots
+    fresh = encode(bucket.op.stored, values, slot)
+    shape = placed[0].to_local().shape
     for number, members in enumerate(bucket.numbers, 1):
-        of_members: list[dict[str, Tensor]] = []
-        for state in members:
-            (stored,) = (stored for stored in bucket.op.stored if stored.states == (state,))
-            values, placed = moved(own.values(stored, numel)[0], param)
-            (slot,) = layout([values.numel()], (row_of(param), 0, 0)).slots
-            parts = encode(stored, [values], slot)
-            of_members.append(stored.format.entries(parts, number, placed.to_local().shape))
+        formats = {stored.state: stored.format for stored in bucket.op.stored}
+        of_members = [formats[state].entries(fresh[state], number, shape) for state in members]
         entry = of_members[0]
         if len(members) > 1:
-            together = [key for key in entry if stem_of(key) in ("state", *SHARED)]
+            together = [f"state{number}", *shared_in(entry, str(number))]
             entry |= {key: torch.stack([x[key] for x in of_members]) for key in together}
-        found.update(to_global(entry, placed))
+        found.update(to_global(entry, placed[0]))
     return found
 
 
@@ -122,7 +121,7 @@ def load_state_dict(optimizer: AbstractOptimizer, changes: Changes, state_dict: 
         rule = rules[id(param)]
         own_part = structure.renamed(saved)
         if is_sharded(param):
-            own_part = to_local(flatten(own_part), param)
+            own_part = to_local(flatten(own_part), param, rule.states)
         read = read_state(rule, family.numbers_of(rule), key, local(param), own_part)
         # What is a view of the arenas must not change while they are written.
         entry = {k: x.clone() if _lies_in(x, own) else x for k, x in read.entry.items()}
@@ -207,15 +206,15 @@ def precision_report(optimizer: AbstractOptimizer, changes: Changes) -> list[dic
         for name, param in zip(names, group["params"]):
             override = overrides.get(id(param), {})
             config = changes.config(group, param, override)
-            op = changes.kind(config, param).op
+            op, chosen = changes.kind(config, param).op, format_of(config, param.numel(), has_blocks(param))
             report.append(
                 dict(
                     name=name,
                     shape=tuple(param.shape),
                     numel=param.numel(),
-                    bits=op.stored[0].format.bits if op.stored else None,
-                    format=op.stored[0].format.name if op.stored else None,
-                    reason=_reason(op, config, {"optim_bits", "states"} & override.keys(), param),
+                    bits=FORMATS[chosen].bits if op.stored else None,
+                    format=chosen if op.stored else None,
+                    reason=_reason(op, chosen, config, {"optim_bits", "states"} & override.keys(), param),
                     bytes_per_param=op.bytes_per_param(
                         param.numel(), (row_of(param), 0, 0) if ends_with_rows(param) else None
                     ),
@@ -224,7 +223,9 @@ def precision_report(optimizer: AbstractOptimizer, changes: Changes) -> list[dic
     return report
 
 
-def _reason(op: StepOp, config: dict[str, Any], overridden: set[str], param: Tensor) -> str:
+def _reason(
+    op: StepOp, chosen: str, config: dict[str, Any], overridden: set[str], param: Tensor
+) -> str:
     """Why a parameter has states of so many bits."""
     if not op.stored:
         return "the algorithm keeps no states"
@@ -232,10 +233,10 @@ def _reason(op: StepOp, config: dict[str, Any], overridden: set[str], param: Ten
         f"optim_bits={config['optim_bits']}" if config["states"] is None else f"states={config['states']!r}"
     )
     by = " by an override" if overridden else ""
-    wanted = config["states"] or {8: "dynamic8", 32: "float32"}[config["optim_bits"]]
-    if bits_of(wanted) > 8:
+    wanted = config["states"] or OF_BITS[config["optim_bits"]]
+    if FORMATS[wanted].bits > 8:
         return asked + by
     if not has_blocks(param):
         return f"a DTensor with rows of fewer than {SHORTEST_ROW} elements"
     least = f"min_8bit_size={config['min_8bit_size']} elements"
-    return f"{asked} and at least {least}" if op.stored[0].format.name == wanted else f"fewer than {least}"
+    return f"{asked} and at least {least}" if chosen == wanted else f"fewer than {least}"

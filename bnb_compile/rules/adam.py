@@ -79,8 +79,17 @@ def direction_amsgrad(
     return exp_avg / (max_exp_avg_sq.sqrt() + s.eps), exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
-STATES = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
-STATES_AMSGRAD = (*STATES, State("max_exp_avg_sq", nonnegative=True))
+def impulse(lost: Tensor, exp_avg_sq: Tensor, s: Scalars) -> Tensor:
+    """What a part of the first moment adds to the directions of all the steps to come."""
+    steps = s.beta1 / s.one_minus_beta1
+    return torch.where(exp_avg_sq > 0, steps * lost / (exp_avg_sq.sqrt() + s.eps), 0.0)
+
+
+STATES = (
+    State("exp_avg", over="exp_avg_sq", decays=("beta1", "beta2"), impulse=impulse),
+    State("exp_avg_sq", nonnegative=True),
+)
+STATES_AMSGRAD = (*STATES, State("max_exp_avg_sq", nonnegative=True, maximum=True))
 
 ADAM = Rule("adam", Hyper, STATES, scalars, direction)
 ADAM_AMSGRAD = Rule("adam_amsgrad", Hyper, STATES_AMSGRAD, scalars, direction_amsgrad)

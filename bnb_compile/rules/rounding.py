@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16 from a counter, so that it needs no generator and can be repeated.
+"""Stochastic rounding from a counter, so that it needs no generator and can be repeated.
 
 A number between two neighbours becomes the upper one as often as it is near to it, so that updates far below
 the spacing of bfloat16 are not lost on average (Gupta et al., https://arxiv.org/abs/1502.02551). The random
@@ -22,19 +22,35 @@ def _xor_shifted(x: Tensor, shift: int) -> Tensor:
     return x ^ torch.bitwise_and(torch.bitwise_right_shift(x, shift), 2 ** (32 - shift) - 1)
 
 
-def round_bits(bits: Tensor, index: Tensor, step: Tensor) -> Tensor:
-    """Round float32 numbers to bfloat16.
+def random_bits(index: Tensor, step: Tensor) -> Tensor:
+    """32 random bits for an element in a step: the low ones for its parameter, the high ones for its states.
 
     Args:
-        bits: float32 numbers as int32.
         index: int32, another one for each element.
         step: int32, another one for each step.
 
     Returns:
-        Tensor: int32, the bits of float32 numbers that are bfloat16 numbers.
+        Tensor: int32.
     """
     x = index ^ (step * _signed(0x9E3779B9))
     x = _xor_shifted(x, 16) * 0x7FEB352D
     x = _xor_shifted(x, 15) * _signed(0x846CA68B)
-    x = _xor_shifted(x, 16)
-    return torch.bitwise_and(bits + torch.bitwise_and(x, 0xFFFF), _signed(0xFFFF0000))
+    return _xor_shifted(x, 16)
+
+
+def round_bits(bits: Tensor, random: Tensor) -> Tensor:
+    """Round float32 numbers to bfloat16.
+
+    Args:
+        bits: float32 numbers as int32.
+        random: Their `random_bits`.
+
+    Returns:
+        Tensor: int32, the bits of float32 numbers that are bfloat16 numbers.
+    """
+    return torch.bitwise_and(bits + torch.bitwise_and(random, 0xFFFF), _signed(0xFFFF0000))
+
+
+def noise_of(random: Tensor) -> Tensor:
+    """A number in [0, 1), float32, from `random_bits`, of whose low half it is independent."""
+    return torch.bitwise_and(torch.bitwise_right_shift(random, 16), 0xFFFF).float() * 2.0**-16

@@ -16,10 +16,22 @@ class State(NamedTuple):
     Attributes:
         name: What the field calls it, such as ``exp_avg``.
         nonnegative: Whether it is a sum or mean of squares, or something else that is never negative.
+        maximum: Whether it is the largest so far of something: it is never rounded stochastically, as the
+            largest of noise grows.
+        over: Of a mean, the name of the state that is the mean of the squares of the same. Its root bounds the
+            mean if it forgets at most as fast as the square of the mean does, see `decays`.
+        decays: Names of the hyperparameters that both keep: of this state, and of `over`.
+        impulse: ``(lost, over, scalars) -> direction``, elementwise: how far, in the unit of a rule's direction,
+            a part of the state would move the parameter in all the steps to come. None if it cannot be said, or
+            is not small.
     """
 
     name: str
     nonnegative: bool = False
+    maximum: bool = False
+    over: str | None = None
+    decays: tuple[str, str] | None = None
+    impulse: Callable[[Tensor, Tensor, Any], Tensor] | None = None
 
 
 def extended(scalars: Any, *names: str) -> Any:
@@ -55,6 +67,10 @@ class Rule:
     states: tuple[State, ...]
     scalars: Callable[[Any, Tensor], Any]
     direction: Callable[..., tuple[Tensor, ...]]
+
+    def place_of(self, state: str) -> int:
+        """Which of the states has a name."""
+        return [own.name for own in self.states].index(state)
 
     def update(self, param: Tensor, grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         """``(param, grad, *states, scalars) -> (param, *states)``."""

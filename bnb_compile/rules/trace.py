@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .rounding import round_bits
+from .rounding import noise_of, random_bits, round_bits
 from .rule import Rule
 from .trust import trust_ratio
 
 aten = torch.ops.aten
 
-#: What a rule may use, by the name that a dialect gives it. The first group is for numbers, the second for
-#: the integers of `rounding`.
+#: What a rule may use, by the name that a dialect gives it. The last group is for the integers of `rounding`
+#: and of formats.
 OPERATIONS: dict[Any, str] = {
     aten.add.Tensor: "add",
     aten.sub.Tensor: "sub",
@@ -57,8 +57,10 @@ OPERATIONS: dict[Any, str] = {
     aten.bitwise_and.Scalar: "and",
     aten.bitwise_xor.Tensor: "xor",
     aten.bitwise_right_shift.Tensor_Scalar: "shift",
+    aten.view.dtype: "bits",  # between float32 and int32
+    aten._to_copy.default: "convert",  # likewise; to int32 towards zero
 }
-OF_INTEGERS = {"and", "xor", "shift"}
+OF_INTEGERS = {"and", "xor", "shift", "bits", "convert"}
 #: Made of the others before the graph is looked at.
 _CONSTANTS = (
     aten.ones_like.default,
@@ -67,6 +69,8 @@ _CONSTANTS = (
     aten.full.default,
     aten.scalar_tensor.default,
 )
+#: Keywords that an operation may be given; what they say is the dtype of the result.
+_OWN_KEYWORDS: dict[Any, set[str]] = {aten._to_copy.default: {"dtype"}}
 #: Names that printed functions have for themselves, beside t0, t1, ...
 RESERVED = frozenset(
     "param grad state states s hyper step out FAST div sqrt tl triton V I std at auto bool break case char "
@@ -117,13 +121,12 @@ _DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def trace(function: Callable[..., Sequence[torch.Tensor]], count: int, dtype: torch.dtype) -> torch.fx.Graph:
+def trace(function: Callable[..., Sequence[torch.Tensor]], dtypes: Sequence[torch.dtype]) -> torch.fx.Graph:
     """Graph of an elementwise function.
 
     Args:
-        function: Takes `count` tensors and returns a sequence of tensors.
-        count: Number of arguments.
-        dtype: Of the arguments.
+        function: Takes tensors and returns a sequence of tensors.
+        dtypes: Of the arguments.
 
     Returns:
         torch.fx.Graph: One placeholder for each argument; the output is a tuple. Every operation is one of
@@ -133,13 +136,16 @@ def trace(function: Callable[..., Sequence[torch.Tensor]], count: int, dtype: to
         NotImplementedError: If the function uses something else.
     """
     with TRACING:
-        example = [torch.empty((), dtype=dtype) for _ in range(count)]
+        example = [torch.empty((), dtype=dtype) for dtype in dtypes]
         module = make_fx(lambda *args: tuple(function(*args)), _DECOMPOSITIONS, tracing_mode="fake")(*example)
+    for node in module.graph.nodes:
+        if node.target is aten.detach.default:  # of a view as bits
+            node.replace_all_uses_with(node.args[0])
     module.graph.eliminate_dead_code()
     for node in module.graph.nodes:
         if node.op != "call_function" or is_constant(node):
             continue
-        if node.target not in OPERATIONS or node.kwargs:
+        if node.target not in OPERATIONS or not node.kwargs.keys() <= _OWN_KEYWORDS.get(node.target, set()):
             allowed = sorted({*OPERATIONS.values()} - OF_INTEGERS)
             raise NotImplementedError(f"{node.format_node()}: a rule may use {', '.join(allowed)}")
     return module.graph
@@ -166,12 +172,14 @@ class TracedRule(NamedTuple):
         scalars: ``(*hyper, step) -> scalars``, float64.
         update: ``(param, grad, *states, *scalars) -> (param, *states)``, float32.
         direction: ``(param, grad, *states, *scalars) -> (direction, *states)``, float32.
+        impulses: ``(lost, over, *scalars) -> (direction,)``, float32, for each state that has one.
         scalar_names: Of the scalars.
     """
 
     scalars: torch.fx.Graph
     update: torch.fx.Graph
     direction: torch.fx.Graph
+    impulses: dict[int, torch.fx.Graph]
     scalar_names: tuple[str, ...]
 
 
@@ -190,6 +198,11 @@ def trace_rule(rule: Rule) -> TracedRule:
     for name in (*rule.hyper._fields, *shared._fields, *of_states):
         if name in RESERVED or re.fullmatch(r"t\d+", name) or not _is_name(name):
             raise ValueError(f"rule {rule.name}: {name!r} cannot be a name, use another one")
+    for state in rule.states:
+        if (state.over is None) != (state.decays is None) or (state.impulse and state.over is None):
+            raise ValueError(f"rule {rule.name}: {state.name} must have both over and decays, or neither")
+        if state.over is not None and state.over not in of_states:
+            raise ValueError(f"rule {rule.name}: {state.name} is over {state.over!r}, which is no state")
     twice = {name for name in of_states if [*of_states, *shared._fields].count(name) > 1}
     if twice:
         raise ValueError(f"rule {rule.name}: {sorted(twice)} are names of two states, or of a scalar too")
@@ -200,14 +213,21 @@ def trace_rule(rule: Rule) -> TracedRule:
     def of_elements(function: Callable[..., Sequence[torch.Tensor]]) -> torch.fx.Graph:
         return trace(
             lambda *a: function(*a[: 2 + states], shared._make(a[2 + states :])),
-            2 + states + len(shared),
-            torch.float32,
+            [torch.float32] * (2 + states + len(shared)),
         )
 
     return TracedRule(
-        trace(lambda *a: rule.scalars(rule.hyper(*a[:-1]), a[-1]), hyper + 1, torch.float64),
+        trace(lambda *a: rule.scalars(rule.hyper(*a[:-1]), a[-1]), [torch.float64] * (hyper + 1)),
         of_elements(rule.update),
         of_elements(rule.direction),
+        {
+            k: trace(
+                lambda lost, over, *a, impulse=state.impulse: (impulse(lost, over, shared._make(a)),),
+                [torch.float32] * (2 + len(shared)),
+            )
+            for k, state in enumerate(rule.states)
+            if state.impulse is not None
+        },
         shared._fields,
     )
 
@@ -219,10 +239,22 @@ def _is_name(text: str) -> bool:
 @functools.cache
 def trace_trust_ratio() -> torch.fx.Graph:
     """``(max_unorm, param_norm, update_norm) -> (ratio,)``, float64."""
-    return trace(lambda *a: (trust_ratio(*a),), 3, torch.float64)
+    return trace(lambda *a: (trust_ratio(*a),), [torch.float64] * 3)
 
 
 @functools.cache
 def trace_round_bits() -> torch.fx.Graph:
-    """``(bits, index, step) -> (bits,)``, int32."""
-    return trace(lambda *a: (round_bits(*a),), 3, torch.int32)
+    """``(bits, random) -> (bits,)``, int32."""
+    return trace(lambda *a: (round_bits(*a),), [torch.int32] * 2)
+
+
+@functools.cache
+def trace_random_bits() -> torch.fx.Graph:
+    """``(index, step) -> (random,)``, int32."""
+    return trace(lambda *a: (random_bits(*a),), [torch.int32] * 2)
+
+
+@functools.cache
+def trace_noise() -> torch.fx.Graph:
+    """``(random,) -> (noise,)``, from int32 to float32."""
+    return trace(lambda *a: (noise_of(*a),), [torch.int32])

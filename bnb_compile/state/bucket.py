@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..formats import Geometry, Part, Slot, Stored, layout
+from ..formats import BLOCK, Geometry, Part, Slot, Stored, layout, store_states
 from ..ops.operator import READ_OPTIONS, Arguments, Modes, Options, StepOp
 from ..ops.step import parts_of
 from . import paging
@@ -142,8 +142,8 @@ class Bucket:
             view["unorm_vec"] = self.unorm[k : k + 1]
         arenas = {arena.name: x for arena, x in zip(self.op.arenas, self.arenas)}
         for number, members in enumerate(self.numbers, 1):
-            stored = next(stored for stored in self.op.stored if members[0] in stored.states)
-            rows = [self.op.row(s) for m in members for s in self.op.stored if m in s.states]
+            stored = next(stored for stored in self.op.stored if stored.state == members[0])
+            rows = [self.op.row(s) for m in members for s in self.op.stored if s.state == m]
             step = rows[1] - rows[0] if len(rows) > 1 else 1
             parts: dict[str, Tensor] = {}
             size = torch.Size([len(rows), *shape]) if len(rows) > 1 else shape
@@ -160,20 +160,21 @@ class Bucket:
         for entry in (self.step, self.gnorm, self.unorm):
             if entry is not None:
                 entry[k].zero_()
-        slot = self.slots[k]
-        for stored in self.op.stored:
-            parts = parts_of(self.op, self.arenas, stored, slot)
-            initial = [values[state] if values else 0.0 for state in stored.states]
-            if any(initial):
-                full = [torch.full((slot.numel,), x, device=self.device) for x in initial]
-                parts = {name: parts[name].copy_(x) for name, x in encode(stored, full, slot).items()}
-            else:
-                self._clear(stored, parts, slot.numel)
+        slot, stored = self.slots[k], self.op.stored
+        if any(values):
+            full = [torch.full((slot.numel,), x, device=self.device) for x in values]
+            fresh = encode(stored, full, slot)
+        else:
+            # All elements and blocks get what one has; as few numbers are made as possible.
+            zero = store_states(stored, [torch.zeros(1, device=self.device)] * len(stored))
+            fresh = {state: {name: x[:1] for name, x in f.parts.items()} for state, f in zero.items()}
+        self._fill(slot, fresh)
 
-    def _clear(self, stored: Stored, parts: dict[str, Tensor], numel: int) -> None:
-        zero = [torch.zeros(1, device=self.device) for _ in stored.states]
-        for name, x in stored.format.store(zero).items():
-            parts[name].fill_(x[0])
+    def _fill(self, slot: Slot, fresh: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Write the parts of a parameter's states into the arenas."""
+        for stored in self.op.stored:
+            for name, view in parts_of(self.op, self.arenas, stored, slot).items():
+                view.copy_(fresh[stored.state][name])
 
     def write(self, k: int, saved: SavedState) -> None:
         """Replace the state of a parameter by a saved one, of any format and block size."""
@@ -181,17 +182,14 @@ class Bucket:
         for own, given in ((self.gnorm, saved.gnorm), (self.unorm, saved.unorm)):
             if own is not None:
                 own[k].zero_() if given is None else own[k].copy_(given.reshape(own[k].shape))
-        slot = self.slots[k]
-        for stored in self.op.stored:
-            parts = saved.parts(stored, slot)
-            if not self.kind.modes.block_wise and not self._is_uniform(parts, stored):
-                values = [x.to(self.device) for x in saved.values(stored, slot.numel)]
-                magnitudes = [torch.cat([x, x.new_zeros(1)]) for x in stored.format.magnitudes(values)]
-                parts = encode(
-                    stored, values, slot, [self._most(x.amax(0, keepdim=True)) for x in magnitudes]
-                )
-            for name, view in parts_of(self.op, self.arenas, stored, slot).items():
-                view.copy_(parts[name])
+        slot, stored = self.slots[k], self.op.stored
+        parts = saved.parts(stored, slot)
+        if not self.kind.modes.block_wise and not all(self._is_uniform(parts[s.state], s) for s in stored):
+            values = [x.to(self.device) for x in saved.values(slot.numel)]
+            magnitudes = [x for s in stored for x in s.format.magnitudes(values[s.state])]
+            whole = [torch.cat([x, x.new_zeros(1)]).amax(0, keepdim=True) for x in magnitudes]
+            parts = encode(stored, values, slot, list(map(self._most, whole)))
+        self._fill(slot, parts)
 
     def saved(self, k: int) -> SavedState:
         """A copy of the state of a parameter, which another bucket can be given."""
@@ -202,10 +200,9 @@ class Bucket:
             copies = {
                 name: _in_rows(x.clone()[None], per[name], self.slots[k])[0] for name, x in parts.items()
             }
-            for state in stored.states:
-                entry.update(stored.format.entries(copies, state + 1, self.local[k].shape))
+            entry.update(stored.format.entries(copies, stored.state + 1, self.local[k].shape))
         norms = [None if x is None else x[k].clone() for x in (self.gnorm, self.unorm)]
-        return SavedState(self.step[k].clone(), entry, *norms)
+        return SavedState(self.step[k].clone(), entry, self.op.rule.states, *norms)
 
     def compile(self, grads: Gradients, scaled: bool) -> None:
         """Compile what a step with such gradients runs, before anything is changed.
@@ -293,4 +290,4 @@ def _in_rows(x: Tensor, part: Part, slot: Slot) -> Tensor:
     """(r, entries) of a part: what blocks share with a dimension for the rows, if blocks end with rows."""
     if part.per == 1 or slot.row >= slot.numel:
         return x
-    return x.view(len(x), -1, slot.row_blocks)
+    return x.view(len(x), -1, slot.row_blocks * (BLOCK // part.per))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..formats import FORMATS, Slot, Stored
+from ..formats import BLOCK, STEMS, Slot, Stored, find, store_states
+from ..formats.ratio import restored
 from ..rules import Rule, State
 from ..validate import number
 
@@ -32,42 +33,62 @@ class SavedState(NamedTuple):
     Attributes:
         step: Steps taken, a number or a tensor.
         entry: What was saved, flat, with a key for each of the rule's states by itself: state1, state2, ...
+        states: The rule's.
         gnorm: (100,) squared gradient norms, or None.
         unorm: (1,) squared norm of the last update, or None.
     """
 
     step: Any
     entry: Mapping[str, Any]
+    states: Sequence[State]
     gnorm: Tensor | None = None
     unorm: Tensor | None = None
 
-    def parts(self, stored: Stored, slot: Slot) -> dict[str, Tensor]:
-        """The tensors of some states in their format: those that were saved, or converted ones."""
+    def parts(self, stored: Sequence[Stored], slot: Slot) -> dict[int, dict[str, Tensor]]:
+        """The tensors of each state in its format: those that were saved, or converted ones."""
         row = slot.row if slot.row < slot.numel else 0
-        parts = stored.format.parts_of(self.entry, stored.states[0] + 1, slot.numel, row)
-        return parts if parts is not None else encode(stored, self.values(stored, slot.numel), slot)
+        given = {}
+        for one in stored:
+            parts = one.format.parts_of(self.entry, one.state + 1, slot.numel, row)
+            if parts is not None:
+                given[one.state] = parts
+        if len(given) == len(stored):
+            return given
+        return encode(stored, self.values(slot.numel), slot, given=given)
 
-    def values(self, stored: Stored, numel: int) -> list[Tensor]:
-        """The values of some states, (numel,) float32 each."""
-        return [decode(self.entry, k, numel) for k in stored.states]
+    def values(self, numel: int) -> list[Tensor]:
+        """The values of all states, (numel,) float32 each."""
+        return [decode(self.entry, k, numel, self.states) for k in range(len(self.states))]
 
 
 def encode(
-    stored: Stored, values: Sequence[Tensor], slot: Slot, maxima: Sequence[Tensor] | None = None
-) -> dict[str, Tensor]:
-    """The parts of a parameter's states, from (numel,) float32 each; see `AbstractFormat.store`."""
-    parts = stored.format.store([slot.padded(x) for x in values], maxima)
-    per = {part.name: part.per for part in stored.format.parts}
-    return {name: slot.unpadded(x) if per[name] == 1 else x for name, x in parts.items()}
+    stored: Sequence[Stored],
+    values: Sequence[Tensor],
+    slot: Slot,
+    maxima: Sequence[Tensor] | None = None,
+    given: Mapping[int, Mapping[str, Tensor]] | None = None,
+) -> dict[int, dict[str, Tensor]]:
+    """The parts of a parameter's states, from (numel,) float32 each; see `store_states`."""
+    pers = {one.state: {part.name: part.per for part in one.format.parts} for one in stored}
+    padded = {
+        state: {name: slot.padded_part(x, pers[state][name]) for name, x in parts.items()}
+        for state, parts in (given or {}).items()
+    }
+    fresh = store_states(stored, [slot.padded(x) for x in values], maxima, given=padded)
+    return {
+        state: {name: slot.unpadded_part(x, pers[state][name]) for name, x in of_state.parts.items()}
+        for state, of_state in fresh.items()
+    }
 
 
-def decode(entry: Mapping[str, Any], state: int, numel: int) -> Tensor:
+def decode(entry: Mapping[str, Any], state: int, numel: int, states: Sequence[State]) -> Tensor:
     """A state of a parameter, whatever format it was saved in.
 
     Args:
         entry: As of `SavedState`.
         state: Which of the rule's, counted from 0.
         numel: Of the parameter.
+        states: The rule's.
 
     Returns:
         Tensor: (numel,) float32.
@@ -75,18 +96,30 @@ def decode(entry: Mapping[str, Any], state: int, numel: int) -> Tensor:
     Raises:
         ValueError: If it is damaged, or in no format that is known.
     """
-    for choose in FORMATS.values():
-        (stored,) = choose([State("any")])
-        values = stored.format.decode_saved(entry, state + 1, numel)
-        if values is not None:
-            return values[0]
-    raise ValueError(f"state{state + 1} is {entry[f'state{state + 1}'].dtype}, which no format has")
+    of = find(entry, state + 1)
+    if of is None:
+        x = entry.get(f"state{state + 1}")
+        raise ValueError(f"state{state + 1} is {getattr(x, 'dtype', x)}, which no format has")
+    values = of.decode_saved(entry, state + 1, numel)
+    if not of.ratio:
+        return values
+    name = states[state].over
+    if name is None:
+        raise ValueError(f"state{state + 1} ({states[state].name}) is a ratio, but over no other state")
+    return restored(values, decode(entry, [s.name for s in states].index(name), numel, states))
 
 
-_OF_ONE = [choose([State("any")])[0].format for choose in FORMATS.values()]
-#: What keys begin with, before a number: all that formats have, and what blocks share.
-STEMS = frozenset(stem for of in _OF_ONE for stem in of.keys)
-SHARED = frozenset(part.name for of in _OF_ONE for part in of.of_blocks)
+def numbers_in(entry: Mapping[str, Any]) -> list[str]:
+    """The numbers of the states that are in an entry, as in its keys."""
+    found = dict.fromkeys(str(key)[len(stem_of(key)) :] for key in entry if stem_of(key) in STEMS)
+    return [n for n in found if n and find(entry, int(n)) is not None]
+
+
+def shared_in(entry: Mapping[str, Any], number: str) -> dict[str, int]:
+    """Keys of what elements of a state share, in an entry, with the entries that there are for a block."""
+    of = find(entry, int(number))
+    assert of is not None
+    return {f"{of.keys[part.name]}{number}": BLOCK // part.per for part in of.parts if part.per > 1}
 
 
 def stem_of(key: Any) -> str:
@@ -208,14 +241,14 @@ def read_state(
     look = check and not backends.replaces_tensors()
     for k, state in enumerate(rule.states):
         name = f"state{k + 1}"
-        if not isinstance(entry.get(name), Tensor):
+        if name not in entry and find(entry, k + 1) is None or name in entry and not isinstance(entry[name], Tensor):
             raise ValueError(f"{where}: {name} ({state.name}) must be a tensor, got {entry.get(name)!r}")
-        if entry[name].shape != param.shape:
+        if name in entry and entry[name].shape != param.shape:
             raise ValueError(f"{where}: {name} ({state.name}) has shape {tuple(entry[name].shape)}")
         if not look:
             continue
         try:
-            values = decode(entry, k, param.numel())
+            values = decode(entry, k, param.numel(), rule.states)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         if not values.numel():
@@ -231,7 +264,7 @@ def read_state(
             "another algorithm's"
         )
     norms = [_squares(entry.get(name), name, size, where, look) for name, size in _NORMS.items()]
-    return SavedState(_steps(entry.get("step"), where), entry, *norms)
+    return SavedState(_steps(entry.get("step"), where), entry, rule.states, *norms)
 
 
 def _squares(x: Any, name: str, size: int, where: str, look: bool) -> Tensor | None:

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from ..formats import BLOCK, Geometry
-from .checkpoint import SHARED, decode, stem_of
+from ..rules import State
+from .checkpoint import decode, numbers_in, shared_in, stem_of
 
 #: Elements; of shorter rows no block is made.
 SHORTEST_ROW = 32
@@ -227,30 +228,16 @@ def to_global(entry: Mapping[str, Any], param: Any) -> dict[str, Any]:
     """
     size, _ = part_of(param, param.shape)
     found = dict(entry)
-    for number in _numbers(entry):
-        state = entry[f"state{number}"]
-        lead = state.shape[: state.dim() - param.dim()]
-        found[f"state{number}"] = _wrapped(state, param, lead, param.shape, size)
-        for name in _shared(entry, number):
-            shape = param.shape[0], -(-row_of(param) // BLOCK)
-            here = size[0], -(-math.prod(size[1:]) // BLOCK)
+    for number in numbers_in(entry):
+        name, lead = f"state{number}", ()
+        if name in entry:
+            lead = entry[name].shape[: entry[name].dim() - param.dim()]
+            found[name] = _wrapped(entry[name], param, lead, param.shape, size)
+        for name, each in shared_in(entry, number).items():
+            shape = param.shape[0], -(-row_of(param) // BLOCK) * each
+            here = size[0], -(-math.prod(size[1:]) // BLOCK) * each
             found[name] = _wrapped(entry[name], param, lead, shape, here)
     return found
-
-
-def _numbers(entry: Mapping[str, Any]) -> list[str]:
-    """Numbers of the states in an entry."""
-    return [
-        key.removeprefix("state")
-        for key, x in entry.items()
-        if key.startswith("state") and isinstance(x, Tensor)
-    ]
-
-
-def _shared(entry: Mapping[str, Any], number: str) -> list[str]:
-    """Keys of what blocks of a state share."""
-    names = [f"{stem}{number}" for stem in sorted(SHARED)]
-    return [name for name in names if isinstance(entry.get(name), Tensor)]
 
 
 def _wrapped(x: Tensor, param: Any, lead: Sequence[int], shape: Sequence[int], size: Sequence[int]) -> Any:
@@ -319,36 +306,43 @@ def moved(values: Tensor, param: Any) -> tuple[Tensor, Any]:
     return _waited(placed.to_local()).reshape(-1), placed
 
 
-def to_local(saved: Mapping[str, Any], param: Any) -> dict[str, Any]:
+def to_local(saved: Mapping[str, Any], param: Any, states: Sequence[State]) -> dict[str, Any]:
     """What this process holds of a saved entry.
 
     Args:
         saved: Of DTensors of any placements, of whole tensors, or of local ones.
         param: The parameter.
+        states: Those of its rule.
     """
     entry = dict(saved)
-    for number in _numbers(saved):
-        names = [f"state{number}", *_shared(saved, number)]
-        tensors = [saved[name] for name in names]
-        lead = tensors[0].dim() - param.dim()
-        if all(_is_placed(x, param, lead) for x in tensors):
-            own = [_waited(x.to_local()) for x in tensors]
+    for number in numbers_in(saved):
+        name, shared = f"state{number}", shared_in(saved, number)
+        names = [name, *shared] if name in saved else [*shared]
+        lead = saved[name].dim() - param.dim() if name in saved else 0
+        if all(_is_placed(saved[key], param, lead) for key in names):
+            own = {key: _waited(saved[key].to_local()) for key in names}
         else:
-            whole = [x.full_tensor() if is_sharded(x) else x for x in tensors]
-            if whole[0].shape[lead:] != param.shape:
+            whole = {key: _whole(saved[key]) for key in names}
+            in_rows = {key: _in_rows(whole[key], param, lead, each) for key, each in shared.items()}
+            if name in whole and whole[name].shape[lead:] != param.shape:
                 continue  # a local one
-            in_rows = [_in_rows(x, param, lead) for x in whole[1:]]
-            if all(x is not None for x in in_rows) and (can_be_placed(param) or not in_rows):
-                whole[1:] = in_rows
+            if name not in whole and None in in_rows.values():
+                continue  # likewise
+            if None not in in_rows.values() and (can_be_placed(param) or not in_rows):
+                whole |= in_rows  # type: ignore[arg-type]
             else:  # blocks of which this process has parts
-                whole = [_decoded(saved, number, dict(zip(names, whole)), lead)]
+                whole = {name: _decoded(saved, number, param, lead, states)}
                 entry = {key: x for key, x in entry.items() if key[len(stem_of(key)) :] != number}
-            own = [_inside(x, param, lead) for x in whole]
-        entry[names[0]] = own[0]
-        for name, x in zip(names[1:], own[1:]):
+                shared = {}
+            own = {key: _inside(x, param, lead) for key, x in whole.items()}
+        for key, x in own.items():
             # What blocks share is in rows, or as in an ordinary tensor.
-            entry[name] = x if ends_with_rows(param) else x.flatten(-2)
+            entry[key] = x.flatten(-2) if key in shared and not ends_with_rows(param) else x
     return entry
+
+
+def _whole(x: Any) -> Any:
+    return x.full_tensor() if is_sharded(x) else x
 
 
 def _inside(x: Tensor, param: Any, lead: int) -> Tensor:
@@ -365,24 +359,25 @@ def _is_placed(x: Any, param: Any, lead: int) -> bool:
     return list(x.placements) == [_shifted(placement, lead) for placement in param.placements]
 
 
-def _in_rows(shared: Tensor, param: Any, lead: int) -> Tensor | None:
-    """What blocks of a whole tensor share as (rows, blocks of a row); None if it has other blocks."""
+def _in_rows(shared: Tensor, param: Any, lead: int, each: int) -> Tensor | None:
+    """What blocks of a whole tensor share, with so many entries for each, in rows; None if it has other blocks."""
     rows, row = param.shape[0] if param.dim() else 1, row_of(param)
-    shape = (rows, -(-row // BLOCK))
+    shape = (rows, -(-row // BLOCK) * each)
     if shared.shape[lead:] == shape:
         return shared
-    if row % BLOCK == 0 and shared.shape[lead:] == (rows * row // BLOCK,):
+    if row % BLOCK == 0 and shared.shape[lead:] == (rows * row // BLOCK * each,):
         return shared.view(*shared.shape[:lead], *shape)
     return None
 
 
-def _decoded(saved: Mapping[str, Any], number: str, whole: dict[str, Tensor], lead: int) -> Tensor:
-    """States of whole tensors as float32; `whole` has what depends on elements and blocks."""
-    entry = {key: x for key, x in saved.items() if key[len(stem_of(key)) :] == number}
-    count = len(whole[f"state{number}"]) if lead else 1
-    states = []
-    for k in range(count):
-        own = {**entry, **({key: x[k] for key, x in whole.items()} if lead else whole)}
-        codes = own[f"state{number}"]
-        states.append(decode(own, int(number) - 1, codes.numel()).view(codes.shape))
-    return torch.stack(states) if lead else states[0]
+def _decoded(saved: Mapping[str, Any], number: str, param: Any, lead: int, states: Sequence[State]) -> Tensor:
+    """States of whole tensors as float32, of several together if they have a dimension for it."""
+    whole = {key: _whole(x) for key, x in saved.items()}
+    if not lead:
+        return decode(whole, int(number) - 1, param.numel(), states).view(param.shape)
+    together = [f"state{number}", *shared_in(saved, number)]
+    found = []
+    for k in range(len(whole[together[0]])):
+        own = {**whole, **{key: whole[key][k] for key in together}}
+        found.append(decode(own, int(number) - 1, param.numel(), states).view(param.shape))
+    return torch.stack(found)

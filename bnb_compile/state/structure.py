@@ -381,8 +381,8 @@ def _carried(saved: SavedState, old: Rule, new: Rule, param: Tensor) -> SavedSta
     entry: dict[str, Any] = {}
     for k, state in enumerate(new.states):
         if state.name in names:
-            values = decode(saved.entry, names[state.name], param.numel())
+            values = decode(saved.entry, names[state.name], param.numel(), old.states)
         else:
             values = param.new_zeros(param.numel()).float()
         entry[f"state{k + 1}"] = values.view(param.shape)
-    return saved._replace(entry=entry)
+    return saved._replace(entry=entry, states=new.states)

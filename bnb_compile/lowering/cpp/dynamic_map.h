@@ -7,14 +7,16 @@
 template <class M, bool SIGNED>
 struct MapCodes {
   using Entry = uint8_t;
+  using Number = V;
   static constexpr bool VECTORS = false;
+  static constexpr int PER = 1;
   static constexpr uint8_t zero = M::ZERO;
   const __m512 slope = _mm512_loadu_ps(M::SLOPE), start = _mm512_loadu_ps(M::START);
 
   // t = 2*cell + 1 is odd, so that cell 0 has a binade of its own, with zeros in the tables.
-  inline V load(const uint8_t* codes) const {
+  inline V load(const uint8_t* codes, int i) const {
     const __m512 code =
-        _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes)));
+        _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i))));
     __m512 t, sign = _mm512_setzero_ps();
     if constexpr (SIGNED) {
       const __m512 twice = _mm512_fmadd_ps(code, _mm512_set1_ps(2.f), _mm512_set1_ps(-254.f));

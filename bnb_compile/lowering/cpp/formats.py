@@ -11,7 +11,7 @@ import torch
 from ...formats import ALIGN, BLOCK, AbstractFormat, Part, Stored, codebook
 from ...formats.dynamic8 import DynamicTable
 from ...formats.table import AbstractTable
-from ...formats.trace import numbers_of, trace_code, trace_format, zero_of
+from ...formats.trace import number_dtype, numbers_of, trace_code, trace_format, zero_of
 from ...ops.operator import StepOp
 from ..dialects import C_VECTOR
 from ..printer import write
@@ -20,6 +20,7 @@ TYPES = {
     torch.float32: "float",
     torch.float64: "double",
     torch.uint8: "uint8_t",
+    torch.int8: "int8_t",
     torch.int64: "int64_t",
     torch.bfloat16: "at::BFloat16",
     torch.float16: "at::Half",
@@ -28,32 +29,52 @@ TYPES = {
 
 def _functions(of: AbstractFormat) -> str:
     """The functions of a format as the struct that stored.h is written for."""
-    traced = trace_format(of)
+    traced, shares = trace_format(of), len(of.of_blocks)
+    numbers = [f"std::get<{k}>(numbers)" for k in range(len(of.of_elements))]
+    tuple_of = ", ".join("I" if number_dtype(of, p) == torch.int32 else "V" for p in of.of_elements)
+    shared = [f"shared[{k}]" for k in range(shares)]
     lines = [
-        f"  static constexpr int STATES = {of.states}, MAXIMA = {of.maxima}, SHARED = {len(of.of_blocks)};"
+        f"  static constexpr int MAXIMA = {of.maxima}, SHARED = {shares}, GROUP = {of.block};",
+        f"  static constexpr bool RANDOM = {str(of.random).lower()};",
     ]
-    numbers = len(of.of_elements)
-    for name, given, result in (
-        ("decode", {"numbers": numbers, "shared": len(of.of_blocks)}, "states"),
-        ("magnitudes", {"states": of.states}, "magnitudes"),
-        ("share", {"maxima": of.maxima}, "shared"),
-        ("encode", {"states": of.states, "shared": len(of.of_blocks)}, "numbers"),
-    ):
-        arguments = [f"{array}[{k}]" for array, count in given.items() for k in range(count)]
-        statements, results = write(getattr(traced, name), arguments, C_VECTOR)
-        statements += [f"{result}[{k}] = {value};" for k, value in enumerate(results)]
-        declared = "".join(f"const V* {array}, " for array in given)
-        lines += [
-            f"  static inline void {name}({declared}V* {result}) {{",
-            *(f"    {statement}" for statement in statements),
-            "  }",
-        ]
+
+    def function(
+        declaration: str, graph: torch.fx.Graph, arguments: Sequence[str], results: Sequence[str]
+    ) -> list[str]:
+        statements, values = write(graph, arguments, C_VECTOR)
+        statements += [f"{result} {value};" for result, value in zip(results, values, strict=True)]
+        return [f"  static inline {declaration} {{", *(f"    {line}" for line in statements), "  }"]
+
+    lines += function(
+        f"V decode(const std::tuple<{tuple_of}>& numbers, const V* shared)",
+        traced.decode,
+        [*numbers, *shared],
+        ["return"],
+    )
+    lines += function(
+        "void magnitudes(const V& state, V* magnitudes)",
+        traced.magnitudes,
+        ["state"],
+        [f"magnitudes[{k}] =" for k in range(of.maxima)],
+    )
+    lines += function(
+        "void share(const V* maxima, V* shared)",
+        traced.share,
+        [f"maxima[{k}]" for k in range(of.maxima)],
+        [f"{name} =" for name in shared],
+    )
+    lines += function(
+        f"void encode(const V& state, const V* shared, const V& noise, std::tuple<{tuple_of}>& numbers)",
+        traced.encode,
+        ["state", *shared, "noise"],
+        [f"{name} =" for name in numbers],
+    )
     return "\n".join([f"struct {_name(of)} {{", *lines, "};"])
 
 
 def _name(of: AbstractFormat) -> str:
     """Of the struct of a format: formats of one name may have other tables."""
-    return "_".join([of.name, *(table.name for table in of.tables.values())])
+    return "_".join([of.name, *(table.name for table in of.tables.values()), *["nearest"] * (not of.random)])
 
 
 def _table(table: AbstractTable) -> str:
@@ -82,21 +103,24 @@ def _table(table: AbstractTable) -> str:
 def _entries(of: AbstractFormat, part: Part) -> str:
     """Type of how a part is written."""
     if part.name not in of.tables:
-        return f"Numbers<{TYPES[part.dtype]}>"
+        if part.dtype.is_floating_point:
+            return f"Numbers<{TYPES[part.dtype]}>"
+        return f"Integers<{TYPES[part.dtype]}, {part.per}>"
     table = of.tables[part.name]
     if isinstance(table, DynamicTable):
         return f"MapCodes<{table.name}, {str(table.signed).lower()}>"
     return f"Codes<{table.name}>"
 
 
-def _type(of: AbstractFormat) -> str:
-    return f"Stored<{', '.join([_name(of), *(_entries(of, part) for part in of.of_elements)])}>"
+def storage(op: StepOp, compensated: Sequence[Stored]) -> str:
+    """Statement that defines ``storage`` from the arenas, ``elements`` and ``blocks``.
 
-
-def storage(op: StepOp) -> str:
-    """Statement that defines ``storage`` from the arenas, ``elements`` and ``blocks``."""
-    types = ", ".join(_type(stored.format) for stored in op.stored)
-    formats = []
+    Args:
+        op: The step operator.
+        compensated: The states of which it must be known what is lost.
+    """
+    place = {stored.state: k for k, stored in enumerate(op.stored)}
+    types, formats = [], []
     for stored in op.stored:
 
         def rows(parts: Sequence[Part], stored: Stored = stored) -> str:
@@ -104,8 +128,19 @@ def storage(op: StepOp) -> str:
             return ", ".join(f"{name}_{part.name} + {row} * {_length(part.per)}" for part in parts)
 
         of = stored.format
-        formats.append(f"{_type(of)}{{{{{rows(of.of_elements)}}}, {{{rows(of.of_blocks)}}}}}")
-    return f"const Formats<{types}> storage{{std::tuple<{types}>({', '.join(formats)})}};"
+        flags = [any(other.over == stored.state for other in op.stored), stored in compensated]
+        shared = f"std::tuple<{', '.join(f'{TYPES[part.dtype]}*' for part in of.of_blocks)}>"
+        arguments = [
+            _name(of),
+            str(-1 if stored.over is None else place[stored.over]),
+            *(str(flag).lower() for flag in flags),
+            shared,
+            *(_entries(of, part) for part in of.of_elements),
+        ]
+        types.append(f"Stored<{', '.join(arguments)}>")
+        formats.append(f"{types[-1]}{{{{{rows(of.of_elements)}}}, {{{rows(of.of_blocks)}}}}}")
+    all_types = ", ".join(types)
+    return f"const Formats<{all_types}> storage{{std::tuple<{all_types}>({', '.join(formats)})}};"
 
 
 def definitions(op: StepOp) -> list[str]:
@@ -120,7 +155,7 @@ def definitions(op: StepOp) -> list[str]:
 
 def state_order(op: StepOp) -> list[int]:
     """Where each state of the rule is among those of all formats."""
-    order = [k for stored in op.stored for k in stored.states]
+    order = [stored.state for stored in op.stored]
     return [order.index(k) for k in range(len(order))]
 
 
@@ -132,5 +167,5 @@ def header(name: str) -> str:
 
 def _length(per: int) -> str:
     """Of a row, as Layout.length."""
-    entries = f"(elements + {per - 1}) / {per}" if per < ALIGN else f"blocks * {BLOCK // per}"
+    entries = "elements" if per == 1 else f"blocks * {BLOCK // per}"
     return f"(({entries} + {ALIGN - 1}) / {ALIGN} * {ALIGN})"

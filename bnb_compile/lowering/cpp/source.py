@@ -10,10 +10,11 @@ import torch
 
 from ...formats import BLOCK, Slot
 from ...ops.operator import Modes, Options, StepOp, kernel_arguments
+from ...formats.trace import trace_ratio
 from ...ops.step import GRAD_LIMIT
-from ...rules.trace import trace_round_bits, trace_rule, trace_trust_ratio
+from ...rules.trace import trace_noise, trace_random_bits, trace_round_bits, trace_rule, trace_trust_ratio
 from .._inductor import pick_vec_isa
-from ..dialects import C_DOUBLE, C_INTEGERS, C_VECTOR
+from ..dialects import C_DOUBLE, C_VECTOR
 from ..printer import write
 from . import formats
 from .formats import TYPES, header
@@ -55,14 +56,31 @@ def print_rule(op: StepOp) -> str:
             *function(traced.direction, "const V direction"),
             "    return direction;",
             "  }",
+            *_print_impulse(op, names),
             "};",
         ]
     )
 
 
+def _print_impulse(op: StepOp, scalars: Sequence[str]) -> list[str]:
+    """`impulse` for the format of each state that has one; the others are not asked for it."""
+    lines = [
+        "  template <int FORMAT>",
+        "  static inline V impulse(const V& lost, const V& over, const V* s) {",
+        *_indented([f"const V {name} = s[{k}];" for k, name in enumerate(scalars)]),
+    ]
+    for k, stored in enumerate(op.stored):
+        graph = trace_rule(op.rule).impulses.get(stored.state)
+        if graph is not None:
+            statements, (value,) = write(graph, ["lost", "over", *scalars], C_VECTOR)
+            lines += [f"    if constexpr (FORMAT == {k}) {{"]
+            lines += [f"      {line}" for line in [*statements, f"return {value};"]]
+            lines += ["    }"]
+    return [*lines, "    return V(0.f);", "  }"]
+
+
 def _print_modes(modes: Modes) -> str:
     lines, (ratio,) = write(trace_trust_ratio(), ["max_unorm", "param_norm", "update_norm"], C_DOUBLE)
-    rounding, (rounded,) = write(trace_round_bits(), ["bits", "index", "step"], C_INTEGERS)
     flags = {**modes._asdict(), "needs_totals": modes.needs_totals}
     return "\n".join(
         [
@@ -71,11 +89,28 @@ def _print_modes(modes: Modes) -> str:
             "inline double trust_ratio(double max_unorm, double param_norm, double update_norm) {",
             *_indented([*lines, f"return {ratio};"]),
             "}",
-            "inline I round_bits(const I& bits, const I& index, const I& step) {",
-            *_indented([*rounding, f"return {rounded};"]),
-            "}",
+            *_print_inline("I", "random_bits", "I", ["index", "step"], trace_random_bits()),
+            *_print_inline("I", "round_bits", "I", ["bits", "random"], trace_round_bits()),
+            *_print_inline("V", "noise_of", "I", ["random"], trace_noise()),
         ]
     )
+
+
+def _print_inline(
+    result: str, name: str, type_: str, arguments: Sequence[str], graph: torch.fx.Graph
+) -> list[str]:
+    """A function of vectors."""
+    lines, (value,) = write(graph, arguments, C_VECTOR)
+    declared = ", ".join(f"const {type_}& {argument}" for argument in arguments)
+    return [f"inline {result} {name}({declared}) {{", *_indented([*lines, f"return {value};"]), "}"]
+
+
+def _print_ratio() -> list[str]:
+    to_ratio, restored = trace_ratio()
+    return [
+        *_print_inline("V", "to_ratio", "V", ["state", "over"], to_ratio),
+        *_print_inline("V", "restored", "V", ["ratio", "over"], restored),
+    ]
 
 
 @functools.cache
@@ -84,6 +119,7 @@ def _body(op: StepOp, modes: Modes) -> str:
         [
             _tensors(),
             _print_modes(modes),
+            *_print_ratio(),
             *formats.definitions(op),
             print_rule(op),
             header("step.h"),
@@ -167,7 +203,7 @@ def kernel(
         _body(op, modes),
         ", ".join(filter(None, [arguments, *declarations])),
         f"""{rows}
-  {formats.storage(op)}
+  {formats.storage(op, op.compensated(modes, param_dtype))}
   {call}""",
     )
 
@@ -194,7 +230,7 @@ def _function(name: str, parts: str, arguments: str, body: str) -> str:
     return f"""#include <torch/csrc/inductor/cpp_prefix.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
-#include <array>
+#include <cstring>
 #include <tuple>
 #include <utility>
 #include <vector>

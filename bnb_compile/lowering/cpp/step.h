@@ -6,16 +6,10 @@
 //   scalars(hyper, step, out)         what the elements of a parameter share
 //   update(param, grad, state, s)     the update of LANES elements; param and state are replaced
 //   direction(param, grad, state, s)  returns the direction; state is replaced
-// GRAD_LIMIT, the Modes of ops/operator.py, trust_ratio(max_unorm, param_norm, update_norm) and
-// round_bits(bits, index, step); and what stores the states (stored.h), each a struct F with
-//   STATES                                how many of the rule's states: those after the ones before it
-//   MAXIMA                                how many numbers it must know of a block, or of a parameter
-//   F::Buffer                             memory for a block
-//   F::Block(f, buffer, first, block, count)
-//     decode(i, state)                    the states of LANES elements
-//     keep(i, state)                      takes what they become
-//     measure(state), found(maxima)       what must be known of a whole parameter without BLOCK_WISE
-//     out(f, first, block, count, maxima)
+//   impulse<K>(lost, over, s)         the directions to come that a part of a state has, see rules/rule.py
+// where states are in the order of their formats; GRAD_LIMIT, the Modes of ops/operator.py,
+// trust_ratio(max_unorm, param_norm, update_norm), random_bits(index, step), round_bits(bits, random) and
+// noise_of(random); and what stores the states, see stored.h.
 
 // A parameter of the bucket; Python fills an int64 row of the same fields.
 struct Parameter {
@@ -78,15 +72,7 @@ struct Measured {
   }
 };
 
-// Numbers of bfloat16; `index` is the first lane's.
-inline V round_stochastically(const V& value, int32_t index, int32_t step) {
-  alignas(64) int32_t bits[LANES];
-  value.store(bits);
-  round_bits(I::loadu(bits), I::arange(index, 1), I(step)).store(bits);
-  return V::loadu(bits);
-}
-
-// The formats of the rule's states, with the first state and the first maximum of each.
+// The formats of the rule's states, with the first maximum of each.
 template <class... F>
 struct Formats {
   std::tuple<F...> formats;
@@ -94,19 +80,27 @@ struct Formats {
   using Blocks = std::tuple<typename F::Block...>;
   static constexpr auto ALL = std::make_integer_sequence<int, sizeof...(F)>();
 
-  static constexpr int MAXIMA = (F::MAXIMA + ... + 0);
+  static constexpr int MAXIMA = (F::FOUND + ... + 0);
+  static constexpr int GROUP = std::min({BLOCK, F::GROUP...});  // the fewest elements that share something
+  static constexpr bool RANDOM = (F::RANDOM || ...);
+  static constexpr int COMPENSATED = (F::COMPENSATED + ... + 0);
 
-  static constexpr int first_state(int format) {
-    constexpr int counts[] = {F::STATES..., 0};
+  static constexpr int first_maximum(int format) {
+    constexpr int counts[] = {F::FOUND..., 0};
     int first = 0;
     for (int k = 0; k < format; k++) first += counts[k];
     return first;
   }
-  static constexpr int first_maximum(int format) {
-    constexpr int counts[] = {F::MAXIMA..., 0};
-    int first = 0;
-    for (int k = 0; k < format; k++) first += counts[k];
-    return first;
+  static constexpr int over(int format) {
+    constexpr int overs[] = {F::OVER..., 0};
+    return overs[format];
+  }
+  // How many before a format are compensated.
+  static constexpr int compensated_before(int format) {
+    constexpr bool flags[] = {F::COMPENSATED..., false};
+    int count = 0;
+    for (int k = 0; k < format; k++) count += flags[k];
+    return count;
   }
 };
 
@@ -138,11 +132,17 @@ Measured<Storage::MAXIMA> update_block(
   for (int k = 0; k < Rule::SCALARS; k++) s[k] = V(scalars[k]);
   const V scale(grad_scale);
   V update_squares(0.f), param_squares(0.f);
-  const auto update = [&](auto checked) {
-    for (int i = 0; i < BLOCK; i += LANES) {
+  // Without what comes for states that are encoded, and not rounded yet.
+  alignas(64) float moved[Storage::COMPENSATED ? BLOCK : LANES];
+  const auto random = [&](int i) { return random_bits(I::arange((int32_t)(index + i), 1), I((int32_t)step)); };
+  const auto rounded = [&](int i, const V& fresh_param) {
+    if constexpr (!STOCHASTIC_ROUND) return fresh_param;
+    return as_numbers(round_bits(as_integers(fresh_param), random(i)));
+  };
+  const auto update_at = [&](auto checked, int group, int i) {
       const V old_param = read(param + i);
       V old[Rule::STATES + 1], fresh[Rule::STATES + 1];
-      (std::get<F>(states).decode(i, old + Storage::first_state(F)), ...);
+      ((old[F] = std::get<F>(states).decode(group, i, old)), ...);
       for (int k = 0; k < Rule::STATES; k++) fresh[k] = old[k];
       V fresh_param = old_param;
       const V grad_f32 = GRAD_SCALE ? read(grad + i) * scale : read(grad + i);
@@ -151,24 +151,26 @@ Measured<Storage::MAXIMA> update_block(
         direction = Rule::direction(old_param, grad_f32, fresh, s);
       } else {
         Rule::update(fresh_param, grad_f32, fresh, s);
-        if constexpr (STOCHASTIC_ROUND)
-          fresh_param = round_stochastically(fresh_param, (int32_t)(index + i), (int32_t)step);
+        if constexpr (!Storage::COMPENSATED) fresh_param = rounded(i, fresh_param);
       }
       if constexpr (checked) {
         const V used = usable(grad_f32);
-        fresh_param = V::blendv(old_param, fresh_param, used);
+        if constexpr (!Storage::COMPENSATED) fresh_param = V::blendv(old_param, fresh_param, used);
         direction = V::blendv(V(0.f), direction, used);
         for (int k = 0; k < Rule::STATES; k++) fresh[k] = V::blendv(old[k], fresh[k], used);
       }
       if constexpr (MEASURE) {
         update_squares = at::vec::fmadd(direction, direction, update_squares);
         param_squares = at::vec::fmadd(old_param, old_param, param_squares);
-        (std::get<F>(states).measure(fresh + Storage::first_state(F)), ...);
+        ((Storage::over(F) < 0 ? std::get<F>(states).measure(group, fresh[F]) : void()), ...);
       } else {
-        write(fresh_param, param + i);
-        (std::get<F>(states).keep(i, fresh + Storage::first_state(F)), ...);
+        Storage::COMPENSATED ? fresh_param.store(moved + i) : write(fresh_param, param + i);
+        (std::get<F>(states).keep(group, i, fresh[F]), ...);
       }
-    }
+  };
+  const auto update = [&](auto checked) {
+    for (int group = 0; group < BLOCK; group += Storage::GROUP)
+      for (int i = group; i < group + Storage::GROUP; i += LANES) update_at(checked, group, i);
   };
   if constexpr (SKIP_ZEROS && BLOCK_WISE && !MEASURE) {
     // Encoding a block anew may change it, so one without any gradient is left alone.
@@ -178,7 +180,8 @@ Measured<Storage::MAXIMA> update_block(
     if (largest(any) == 0.f) return {};
   }
   // Elements with an unusable gradient stay as they are; most blocks have none and need no check of each.
-  if (all_usable(grad, scale)) {
+  const bool clean = all_usable(grad, scale);
+  if (clean) {
     update(std::false_type());
   } else {
     update(std::true_type());
@@ -189,10 +192,33 @@ Measured<Storage::MAXIMA> update_block(
     found.param = sum(param_squares);
     (std::get<F>(states).found(found.maxima + Storage::first_maximum(F)), ...);
   } else {
+    const auto noise = [&](int i) { return Storage::RANDOM ? noise_of(random(i)) : V(0.5f); };
+    const auto relate = [&](auto format, int i, const V& kept) {
+      ((Storage::over(F) == format ? std::get<F>(states).relate(i, kept) : void()), ...);
+    };
+    const auto compensate = [&](auto format, int i, const V& lost, const V& over) {
+      V fresh_param = V::loadu(moved + i);
+      fresh_param = fresh_param - s[Rule::STEP_SIZE] * Rule::template impulse<format>(lost, over, s);
+      if (Storage::compensated_before(format) + 1 < Storage::COMPENSATED) {
+        fresh_param.store(moved + i);
+        return;
+      }
+      fresh_param = rounded(i, fresh_param);
+      if (!clean) {
+        const V grad_f32 = GRAD_SCALE ? read(grad + i) * scale : read(grad + i);
+        fresh_param = V::blendv(read(param + i), fresh_param, usable(grad_f32));
+      }
+      write(fresh_param, param + i);
+    };
+    const auto out = [&](auto format) {
+      std::get<format>(states).out(
+          std::get<format>(storage.formats), offset, block, count,
+          whole.maxima + Storage::first_maximum(format), noise,
+          [&](int i, const V& kept) { relate(format, i, kept); },
+          [&](int i, const V& lost, const V& over) { compensate(format, i, lost, over); });
+    };
+    (out(std::integral_constant<int, F>()), ...);
     staged_param.out(data, parameter.data_strides, first, count);
-    (std::get<F>(states).out(
-         std::get<F>(storage.formats), offset, block, count, whole.maxima + Storage::first_maximum(F)),
-     ...);
   }
   return found;
 }

@@ -22,6 +22,101 @@ inline void write(const V& value, T* to) {
   }
 }
 
+// Between numbers and integers: bits, and values towards zero.
+inline I as_integers(const V& x) {
+  return at::vec::cast<int32_t>(x);
+}
+inline V as_numbers(const I& x) {
+  return at::vec::cast<float>(x);
+}
+inline I to_integers(const V& x) {
+  return at::vec::convert<int32_t>(x);
+}
+inline V to_numbers(const I& x) {
+  return at::vec::convert<float>(x);
+}
+
+// 1 / sqrt(x) of a normal number above 0, to 2^-22: an instruction and a step of Newton's.
+inline V rsqrt(const V& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const V root = _mm512_rsqrt14_ps(x);
+#elif defined(CPU_CAPABILITY_AVX2)
+  const V root = _mm256_rsqrt_ps(x);
+#else
+  return x.sqrt().reciprocal();
+#endif
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  return root * at::vec::fnmadd(x * V(0.5f), root * root, V(1.5f));
+#endif
+}
+
+// LANES integers of 8 bits.
+template <class T>
+inline I read_integers(const T* from) {
+  constexpr bool SIGNED = std::is_same_v<T, int8_t>;
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m128i bytes = _mm_loadu_si128((const __m128i*)from);
+  return SIGNED ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m128i bytes = _mm_loadl_epi64((const __m128i*)from);
+  return SIGNED ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes);
+#else
+  int32_t lanes[LANES];
+  for (int k = 0; k < LANES; k++) lanes[k] = from[k];
+  return I::loadu(lanes);
+#endif
+}
+
+template <class T>
+inline void write_integers(const I& integers, T* to) {
+#if defined(CPU_CAPABILITY_AVX512)
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(integers));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256i low_bytes = _mm256_set1_epi32(0x0C080400);
+  const __m256i bytes = _mm256_shuffle_epi8(integers, low_bytes);
+  const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
+  _mm_storel_epi64((__m128i*)to, _mm_unpacklo_epi32(low, high));
+#else
+  int32_t lanes[LANES];
+  integers.store(lanes);
+  for (int k = 0; k < LANES; k++) to[k] = (T)lanes[k];
+#endif
+}
+
+// LANES integers of 4 bits, two in a byte, the first in its low half.
+template <class T>
+inline I read_nibbles(const T* from) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512i byte = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)from));
+  const I nibbles = _mm512_and_si512(
+      _mm512_or_si512(byte, _mm512_slli_epi64(byte, 28)), _mm512_set1_epi32(15));
+#elif defined(CPU_CAPABILITY_AVX2)
+  int32_t four;
+  std::memcpy(&four, from, 4);
+  const __m256i byte = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+  const I nibbles =
+      _mm256_and_si256(_mm256_or_si256(byte, _mm256_slli_epi64(byte, 28)), _mm256_set1_epi32(15));
+#else
+  int32_t lanes[LANES];
+  for (int k = 0; k < LANES; k++) lanes[k] = (uint8_t)from[k / 2] >> 4 * (k % 2) & 15;
+  const I nibbles = I::loadu(lanes);
+#endif
+  return std::is_same_v<T, int8_t> ? (nibbles ^ I(8)) - I(8) : nibbles;
+}
+
+template <class T>
+inline void write_nibbles(const I& integers, T* to) {
+  const I nibbles = integers & I(15);
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512i byte = _mm512_or_si512(nibbles, _mm512_srli_epi64(nibbles, 28));
+  _mm_storel_epi64((__m128i*)to, _mm512_cvtepi64_epi8(byte));
+#else
+  int32_t lanes[LANES];
+  nibbles.store(lanes);
+  for (int k = 0; k < LANES; k += 2) to[k / 2] = (T)(lanes[k] | lanes[k + 1] << 4);
+#endif
+}
+
 // Calls visit(element, place in memory) for `count` elements in logical order from `first` on.
 template <class Visit>
 inline void walk(const int64_t* strides, int64_t first, int count, const Visit& visit) {

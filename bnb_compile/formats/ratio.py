@@ -1,0 +1,43 @@
+"""A mean divided by the root of the mean of squares: what the formats named for a ratio store of a first moment.
+
+Whatever the scales of the gradients in a block are, the ratio is of the order of 1: at most
+``(1 - beta1) / sqrt((1 - beta2) * (1 - beta1 ** 2 / beta2))`` by Cauchy's inequality, 7.3 for Adam's defaults,
+if ``beta1 ** 2 < beta2``. The divisor is the root of the second moment *as it is stored*, so that what is
+decoded needs nothing else, and a first moment that is not 0 has a second moment that is not 0.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def to_ratio(state: Tensor, over: Tensor) -> Tensor:
+    """A state divided by the root of another, as stored; 0 where that is 0."""
+    return torch.where(over > 0, state * torch.maximum(over, torch.full_like(over, _TINY)).rsqrt(), 0.0)
+
+
+def restored(ratio: Tensor, over: Tensor) -> Tensor:
+    """The reverse of `to_ratio`."""
+    return ratio * over.sqrt()
+
+
+def most(decay: float, decay_over: float) -> float:
+    """The largest ratio of a mean to the root of the mean of squares of the same numbers, after any steps.
+
+    Args:
+        decay: What the mean keeps in a step.
+        decay_over: What the mean of squares keeps.
+
+    Returns:
+        float: Infinity if there is no bound, because the mean forgets too slowly.
+    """
+    if decay_over <= decay**2:
+        return math.inf
+    if decay_over == 1:
+        return math.inf
+    return (1 - decay) / math.sqrt((1 - decay_over) * (1 - decay**2 / decay_over))
