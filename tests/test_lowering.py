@@ -19,6 +19,7 @@ from helpers.buckets import (
     EVERYTHING,
     EXPANDED,
     FEW_SIZES,
+    OTHER_OPS,
     STEP_OPS,
     STRIDED,
     Awkward,
@@ -42,7 +43,7 @@ TRUST = Modes(max_unorm=True)
 
 def _steps() -> dict[str, tuple[StepOp, Modes, torch.dtype, torch.dtype]]:
     """Every operator, with another pair of dtypes each, and some of them in other modes."""
-    kinds = [(op, Modes()) for op in STEP_OPS.values()]
+    kinds = [(op, Modes()) for op in [*STEP_OPS.values(), *OTHER_OPS.values()]]
     for rule, bits in (("lamb", 8), ("sgd_plain", 32)):
         kinds += [(STEP_OPS[rule, bits], modes) for modes in (TRUST, EVERYTHING)]
     kinds.append((STEP_OPS["rmsprop_momentum", 8], Modes(block_wise=False)))
@@ -383,16 +384,16 @@ static inline void update(V& param, const V& grad, V* state, const V* s) {
     const V step_size = s[5];
     const V eps = s[6];
     const V unit = s[7];
-    const V t0 = beta1 * exp_avg;
-    const V t1 = at::vec::fmadd(one_minus_beta1, grad, t0);
-    const V t2 = beta2 * exp_avg_sq;
-    const V t3 = one_minus_beta2 * grad;
-    const V t4 = at::vec::fmadd(t3, grad, t2);
-    const V t5 = (t4).sqrt();
-    const V t6 = t5 + eps;
-    const V t7 = t1 / t6;
-    const V t8 = keep * param;
-    const V t9 = at::vec::fnmadd(step_size, t7, t8);
+    const auto t0 = beta1 * exp_avg;
+    const auto t1 = at::vec::fmadd(one_minus_beta1, grad, t0);
+    const auto t2 = beta2 * exp_avg_sq;
+    const auto t3 = one_minus_beta2 * grad;
+    const auto t4 = at::vec::fmadd(t3, grad, t2);
+    const auto t5 = (t4).sqrt();
+    const auto t6 = t5 + eps;
+    const auto t7 = t1 / t6;
+    const auto t8 = keep * param;
+    const auto t9 = at::vec::fnmadd(step_size, t7, t8);
     param = t9;
     state[0] = t1;
     state[1] = t4;
@@ -408,18 +409,22 @@ static inline void update(V& param, const V& grad, V* state, const V* s) {
     const V step_size = s[5];
     const V eps = s[6];
     const V unit = s[7];
-    const V t0 = beta1 * exp_avg;
-    const V t1 = at::vec::fmadd(one_minus_beta1, grad, t0);
-    const V t2 = beta2 * exp_avg_sq;
-    const V t3 = one_minus_beta2 * grad;
-    const V t4 = at::vec::fmadd(t3, grad, t2);
-    const V t5 = (t4).sqrt();
-    const V t6 = t5 + eps;
-    const V t7 = t1 / t6;
+    const auto t0 = beta1 * exp_avg;
+    const auto t1 = at::vec::fmadd(one_minus_beta1, grad, t0);
+    const auto t2 = beta2 * exp_avg_sq;
+    const auto t3 = one_minus_beta2 * grad;
+    const auto t4 = at::vec::fmadd(t3, grad, t2);
+    const auto t5 = (t4).sqrt();
+    const auto t6 = t5 + eps;
+    const auto t7 = t1 / t6;
     const V direction = t7;
     state[0] = t1;
     state[1] = t4;
     return direction;
+  }
+  template <int FORMAT>
+  static inline V impulse(const V& lost, const V& root, const V* s) {
+    return V(0.f);
   }
 };""",
     )

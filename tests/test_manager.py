@@ -126,7 +126,7 @@ def test_what_cannot_be_overridden_raises_and_changes_nothing(manager, given):
     assert manager.overrides([dict(params=params)]) == {}
 
 
-@pytest.mark.parametrize("key, value", [("optim_bits", 4), ("lr", -1.0), ("betas", (0.9,)), ("eps", "x")])
+@pytest.mark.parametrize("key, value", [("optim_bits", 5), ("lr", -1.0), ("betas", (0.9,)), ("eps", "x")])
 def test_an_invalid_value_raises_at_the_next_step_and_changes_no_parameter(manager, key, value):
     params = parameters()
     manager.override_config(params[0], key, value)

@@ -67,7 +67,7 @@ def python(operations: dict[str, str]) -> Dialect:
 
 def run_printed(function: Callable, *values: float, fused: bool = False) -> tuple[list[float], list[str]]:
     """The results of the printed function, and its statements."""
-    graph = trace(function, len(values), torch.float64)
+    graph = trace(function, [torch.float64] * len(values))
     names = [f"x{k}" for k in range(len(values))]
     lines, results = write(graph, names, python(_FUSING if fused else _PLAIN))
     scope = dict(

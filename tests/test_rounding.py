@@ -12,7 +12,7 @@ from torch import nn
 
 from bnb_compile.ops.step import PARAM_DTYPES
 from bnb_compile.optim import SGD, AdamW, AdEMAMix, Lion
-from bnb_compile.rules import round_bits
+from bnb_compile.rules import noise_of, random_bits, round_bits
 
 SPACING = 2.0**-7  # of bfloat16 numbers from 1 to 2
 
@@ -27,7 +27,7 @@ def rounded(x, step=1, first=0):
     """`x` in bfloat16, as elements `first` and on of an arena."""
     index = torch.arange(first, first + x.numel(), dtype=torch.int32)
     step = torch.tensor(step, dtype=torch.int32)
-    result = round_bits(x.view(torch.int32), index, step).view(torch.float32)
+    result = round_bits(x.view(torch.int32), random_bits(index, step)).view(torch.float32)
     assert torch.equal(result.bfloat16().float(), result) or result.isnan().any()
     return result
 
@@ -56,7 +56,8 @@ def test_numbers_of_bfloat16_stay_as_they_are():
     bits = torch.arange(2**16, dtype=torch.int32) << 16
     for step in (1, 2, 1000):
         index = torch.randint(0, 2**31 - 1, bits.shape, dtype=torch.int32)
-        assert torch.equal(round_bits(bits, index, torch.tensor(step, dtype=torch.int32)), bits)
+        random = random_bits(index, torch.tensor(step, dtype=torch.int32))
+        assert torch.equal(round_bits(bits, random), bits)
 
 
 def test_a_number_beyond_the_largest_may_become_infinite_but_no_other():
@@ -66,15 +67,30 @@ def test_a_number_beyond_the_largest_may_become_infinite_but_no_other():
     assert set(found[:, 1].tolist()) == {x[0].item(), math.inf}
 
 
-def random_bits(count, step):
-    """The 16 bits that decide: those that carry, found by bisection with numbers between two neighbours."""
-    index, step = torch.arange(count, dtype=torch.int32), torch.tensor(step, dtype=torch.int32)
-    low = torch.zeros(count, dtype=torch.int32)
-    for bit in (1 << k for k in reversed(range(16))):
-        # It is rounded up where the random number and this one are 2**16 together.
-        up = round_bits(torch.full_like(low, 1 << 23) + 65536 - (low + bit), index, step) > 1 << 23
-        low += up * bit
-    return low
+def low_bits(count, step):
+    """The 16 bits that decide about parameters."""
+    return random_bits(*numbered(count, step)) & 0xFFFF
+
+
+def high_bits(count, step):
+    """The 16 bits that decide about states."""
+    return (noise_of(random_bits(*numbered(count, step))) * 65536).int()
+
+
+def numbered(count, step):
+    return torch.arange(count, dtype=torch.int32), torch.tensor(step, dtype=torch.int32)
+
+
+def test_a_number_is_rounded_up_where_the_random_number_and_its_rest_carry():
+    index, step = numbered(2**16, 7)
+    rest = torch.randint(0, 2**16, (2**16,), dtype=torch.int32)
+    up = round_bits((1 << 23) + rest, random_bits(index, step)) > 1 << 23
+    assert torch.equal(up, low_bits(2**16, 7) + rest >= 2**16)
+
+
+def test_noise_is_at_least_0_and_below_1():
+    noise = noise_of(torch.tensor([0, -1, 0x7FFFFFFF, -(2**31), 0xFFFF], dtype=torch.int32))
+    assert torch.equal(noise, torch.tensor([0.0, 65535 / 65536, 32767 / 65536, 0.5, 0.0]))
 
 
 def chi_square(counts):
@@ -90,10 +106,11 @@ def correlation(a, b):
     return abs((a * b).mean() / (a.std() * b.std()) * math.sqrt(a.numel())).item()
 
 
-def test_the_random_bits_look_independent():
+@pytest.mark.parametrize("of", [low_bits, high_bits], ids=["low", "high"])
+def test_the_random_bits_look_independent(of):
     """Each value, each bit, neighbours, elements far apart, and steps; all at fixed places."""
     steps = [1, 2, 3, 1000, 100_000]
-    bits = {t: random_bits(2**16, t) for t in steps}
+    bits = {t: of(2**16, t) for t in steps}
     for x in bits.values():
         assert 0 <= x.min() and x.max() < 2**16
         assert abs(chi_square(torch.bincount(x >> 8, minlength=256).double())) < 4

@@ -27,6 +27,7 @@ from helpers.buckets import (
     EVERYTHING,
     FEW_SIZES,
     SIZES,
+    OTHER_OPS,
     STEP_OPS,
     Awkward,
     Bucket,
@@ -80,6 +81,7 @@ def _cases() -> dict[str, tuple[StepOp, Modes, torch.dtype, torch.dtype]]:
     steps = {name: (adam(bits), Modes(), *dtypes) for name, (bits, *dtypes) in zip(NAMES, KINDS)}
     steps["adam_step_bfloat16"] = (adam(16), Modes(), torch.bfloat16, torch.float32)
     rules = [op for (name, bits), op in STEP_OPS.items() if bits == 8 and name != "adam"]
+    rules += OTHER_OPS.values()
     for op, (_, *dtypes) in zip(rules, itertools.cycle(KINDS[:2] + KINDS[3:])):
         steps[op.name] = (op, Modes(), *dtypes)
     for (rule, bits), modes in MODES.items():
@@ -88,6 +90,7 @@ def _cases() -> dict[str, tuple[StepOp, Modes, torch.dtype, torch.dtype]]:
 
 
 CASES = _cases()
+EVERY = [*STEP_OPS.values(), *OTHER_OPS.values()]
 
 
 def on_gpu(x: Any) -> Any:
@@ -525,7 +528,7 @@ def test_assembled_kernels_stay_in_registers_and_access_16_bytes(bits: int, sm: 
         assert instructions <= 86
 
 
-@pytest.mark.parametrize("op", STEP_OPS.values(), ids=[op.name for op in STEP_OPS.values()])
+@pytest.mark.parametrize("op", EVERY, ids=[op.name for op in EVERY])
 def test_every_rule_stays_in_registers(op: StepOp) -> None:
     assembly, _ = assemble(op, torch.bfloat16, 90)
     assert (assembly.stack, assembly.local) == (0, 0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import backends
 from .arena import BLOCK, Part, Slot, layout
-from .ratio import restored, to_ratio
+from .ratio import roots
 from .table import AbstractTable
 
 
@@ -278,7 +278,7 @@ def load_states(
     states: dict[int, Tensor] = {}
     for one in stored:
         x = one.format.load(parts_of(one), numel)
-        states[one.state] = x if one.over is None else restored(x, states[one.over])
+        states[one.state] = x if one.over is None else x * roots(states[one.over])[0]
     return states
 
 
@@ -288,10 +288,14 @@ class Fresh(NamedTuple):
     Attributes:
         parts: What is kept of it, by name.
         kept: What that stands for, ``(numel,)`` float32.
+        lost: What is lost of what is stored, which of a ratio is in units of `root`.
+        root: Of a ratio: what it is divided by.
     """
 
     parts: dict[str, Tensor]
     kept: Tensor
+    lost: Tensor
+    root: Tensor | None
 
 
 def store_states(
@@ -316,9 +320,10 @@ def store_states(
     fresh: dict[int, Fresh] = {}
     first = 0
     for one in stored:
-        x, of_format = states[one.state], None
+        x, root, of_format = states[one.state], None, None
         if one.over is not None:
-            x = to_ratio(x, fresh[one.over].kept)
+            root, per_root = roots(fresh[one.over].kept)
+            x = x * per_root
         elif maxima is not None:
             of_format = maxima[first : first + one.format.maxima]
             first += one.format.maxima
@@ -327,7 +332,7 @@ def store_states(
         else:
             parts = one.format.store(x, of_format, noise)
         kept = one.format.load(parts, x.numel())
-        fresh[one.state] = Fresh(parts, kept if one.over is None else restored(kept, fresh[one.over].kept))
+        fresh[one.state] = Fresh(parts, kept if root is None else kept * root, x - kept, root)
     return fresh
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from .arena import BLOCK, Part
 from .format import AbstractFormat
 
-_TINY = torch.finfo(torch.float32).tiny
 _LOW_HALF = 0xFFFF  # of a float32, which a bfloat16 does not have
+_SMALLEST_NORMAL = 0x00800000
 #: No state is as large (state/checkpoint.py); subtracted from it, the least of positive numbers is the largest.
 _TOP = 0x7F000000
 
@@ -52,7 +52,7 @@ class Logarithmic(AbstractFormat):
         self.keys = {"codes": "state" if bits == 8 else "nibbles", "low": "low", "high": "high"}
 
     def _scale(self, shared: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Bits of the number of code 1, and of a step; whole numbers, so that all languages have the same."""
+        """Bits of the number of code 1, and of a step: whole numbers, so that all languages have the same."""
         low, high = (x.view(torch.int32) for x in shared)
         return low, ((high - low).float() * (1 / (self.last - 1))).to(torch.int32)
 
@@ -60,19 +60,19 @@ class Logarithmic(AbstractFormat):
         """See `AbstractFormat`."""
         (code,) = numbers
         low, step = self._scale(shared)
-        bits = low + (code - 1) * step
+        bits = code * step + (low - step)
         return torch.where(code > 0, bits, torch.zeros_like(bits)).view(torch.float32)
 
     def magnitudes(self, state: Tensor) -> Sequence[Tensor]:
         """See `AbstractFormat`."""
-        bits = torch.maximum(state, torch.full_like(state, _TINY)).view(torch.int32)
-        return [state, torch.where(state > 0, (_TOP - bits).view(torch.float32), 0.0)]
+        return [state, torch.where(state > 0, (_TOP - state.view(torch.int32)).view(torch.float32), 0.0)]
 
     def share(self, maxima: Sequence[Tensor]) -> Sequence[Tensor]:
         """See `AbstractFormat`."""
         greatest, least = maxima
-        high = torch.maximum(greatest, torch.full_like(greatest, _TINY)).view(torch.int32) + _LOW_HALF
+        high = greatest.view(torch.int32) + _LOW_HALF
         low = _TOP - least.view(torch.int32)
+        low = torch.maximum(low, torch.full_like(low, _SMALLEST_NORMAL))
         low, high = low - (low & _LOW_HALF), high - (high & _LOW_HALF)
         high = torch.maximum(high, low + (_LOW_HALF + 1))
         low = torch.maximum(low, high - (self.octaves << 23))
@@ -82,6 +82,6 @@ class Logarithmic(AbstractFormat):
         """See `AbstractFormat`."""
         low, step = self._scale(shared)
         per_unit = torch.maximum(step, torch.ones_like(step)).float().reciprocal()
-        above = torch.maximum(state, torch.full_like(state, _TINY)).view(torch.int32) - low
-        code = (above.float() * per_unit + noise).to(torch.int32).clamp(0, self.last - 1) + 1
-        return [torch.where(state.view(torch.int32) > 0, code, torch.zeros_like(code))]
+        above = (state.view(torch.int32) - low).float()
+        code = ((above * per_unit + noise).to(torch.int32) + 1).clamp(1, self.last)
+        return [torch.where(state > 0, code, torch.zeros_like(code))]

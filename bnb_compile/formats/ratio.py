@@ -16,14 +16,10 @@ from torch import Tensor
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def to_ratio(state: Tensor, over: Tensor) -> Tensor:
-    """A state divided by the root of another, as stored; 0 where that is 0."""
-    return torch.where(over > 0, state * torch.maximum(over, torch.full_like(over, _TINY)).rsqrt(), 0.0)
-
-
-def restored(ratio: Tensor, over: Tensor) -> Tensor:
-    """The reverse of `to_ratio`."""
-    return ratio * over.sqrt()
+def roots(over: Tensor) -> tuple[Tensor, Tensor]:
+    """The root of a state as stored, and what a mean is multiplied by to be divided by it; 0 where it is 0."""
+    per_root = torch.where(over > 0, torch.maximum(over, torch.full_like(over, _TINY)).rsqrt(), 0.0)
+    return over * per_root, per_root
 
 
 def most(decay: float, decay_over: float) -> float:

@@ -10,7 +10,7 @@ import torch
 from ..rules.trace import trace
 from .arena import BLOCK, Part
 from .format import AbstractFormat, Stored
-from .ratio import restored, to_ratio
+from .ratio import roots
 from .table import AbstractTable
 
 
@@ -68,12 +68,9 @@ def trace_format(of: AbstractFormat) -> TracedFormat:
 
 
 @functools.cache
-def trace_ratio() -> tuple[torch.fx.Graph, torch.fx.Graph]:
-    """``(state, over) -> (ratio,)``, and its reverse."""
-    return (
-        trace(lambda *a: (to_ratio(*a),), [torch.float32] * 2),
-        trace(lambda *a: (restored(*a),), [torch.float32] * 2),
-    )
+def trace_roots() -> torch.fx.Graph:
+    """``(over) -> (root, per_root)``."""
+    return trace(roots, [torch.float32])
 
 
 @functools.cache

@@ -17,7 +17,8 @@ class Dialect(NamedTuple):
         declare: Template of a statement, with fields ``name`` and ``value``.
         constant: Writes a number.
         operations: Template of each operation, with its operands as positional fields. `fma` (a*b + c)
-            and `fnma` (c - a*b) are used where they are given.
+            and `fnma` (c - a*b) are used where they are given, as are
+            `logical_shift` and `convert_floor`.
         integers: How it writes that of int32 between the numbers; None if it has none.
     """
 
@@ -63,6 +64,11 @@ _ARITHMETIC = {
     "reciprocal": "1.0 / {}",
 }
 _BITS = {"and": "{} & {}", "xor": "{} ^ {}", "shift": "({} >> {})"}
+#: Of C++'s vectors: tensors.h has masks that are registers of their own where a processor has such.
+_MASKS = {
+    **{f"{name}": f"{name}({{}}, {{}})" for name in ("gt", "ge", "lt", "le", "eq")},
+    "where": "where({}, {}, {})",
+}
 
 #: Double-precision scalars.
 C_DOUBLE = Dialect(
@@ -88,16 +94,17 @@ C_DOUBLE = Dialect(
 
 #: ``I``, a vector of int32.
 C_INTEGERS = Dialect(
-    "const I {name} = {value};",
+    "const auto {name} = {value};",
     lambda value: f"I({int(value)})",
     _ARITHMETIC
-    | _COMPARISONS
+    | _MASKS
     | _BITS
     | {
+        "logical_shift": "logical_shift({}, {})",
         "minimum": "at::vec::minimum({}, {})",
         "maximum": "at::vec::maximum({}, {})",
-        "where": "I::blendv({2}, {1}, {0})",
         "bits": "as_integers({})",
+        "convert_floor": "floor_to_integers({})",
         "convert": "to_integers({})",
     },
 )
@@ -120,10 +127,10 @@ TRITON_INTEGERS = Dialect(
 
 #: ``V``, a vector of floats of ATen's (ATen/cpu/vec); tensors.h has what that lacks.
 C_VECTOR = Dialect(
-    "const V {name} = {value};",
+    "const auto {name} = {value};",
     _c_float,
     _ARITHMETIC
-    | _COMPARISONS
+    | _MASKS
     | {
         "fma": "at::vec::fmadd({}, {}, {})",
         "fnma": "at::vec::fnmadd({}, {}, {})",
@@ -131,19 +138,31 @@ C_VECTOR = Dialect(
         "abs": "({}).abs()",
         "reciprocal": "({}).reciprocal()",
         "sqrt": "({}).sqrt()",
-        "rsqrt": "rsqrt({})",
+        "rsqrt": "({}).sqrt().reciprocal()",
         "floor": "({}).floor()",
-        "sign": "V::blendv(V::blendv(V(0.f), V(1.f), {0} > V(0.f)), V(-1.f), {0} < V(0.f))",
+        "sign": "where(gt({0}, V(0.f)), V(1.f), where(lt({0}, V(0.f)), V(-1.f), V(0.f)))",
         "exp": "({}).exp()",
         "log": "({}).log()",
         "pow": "({}).pow({})",
         "minimum": "at::vec::minimum({}, {})",
         "maximum": "at::vec::maximum({}, {})",
-        "where": "V::blendv({2}, {1}, {0})",
         "bits": "as_numbers({})",
         "convert": "to_numbers({})",
     },
     C_INTEGERS,
+)
+
+#: As that, of states that are rounded to few bits afterwards: right to 2^-22, and of finite numbers.
+C_FAST = C_VECTOR._replace(
+    operations=C_VECTOR.operations
+    | {
+        "div": "{} * reciprocal({})",
+        "reciprocal": "reciprocal({})",
+        "sqrt": "root({})",
+        "rsqrt": "rsqrt({})",
+        "minimum": "at::vec::clamp_max({}, {})",
+        "maximum": "at::vec::clamp_min({}, {})",
+    }
 )
 
 #: Triton; the kernels define ``div``, ``sqrt``, ``rsqrt`` and FAST.

@@ -201,11 +201,16 @@ class StepOp:
         """The states of which the parameter is given at once what rounding takes away of them.
 
         It would have come in the steps that follow, see `State.impulse`. Not where a trust ratio changes the
-        size of steps, nor where the parameter would be rounded to nearest, which loses what is given.
+        size of steps, nor where the parameter would be rounded to nearest, which loses what is given; and not of
+        codes of a table.
         """
         if modes.max_unorm or not (param_dtype == torch.float32 or modes.stochastic_round):
             return ()
-        return tuple(s for s in self.stored if s.over is not None and self.rule.states[s.state].impulse)
+        return tuple(
+            s
+            for s in self.stored
+            if s.over is not None and not s.format.tables and self.rule.states[s.state].impulse
+        )
 
     @property
     def shared_in_blocks(self) -> bool:

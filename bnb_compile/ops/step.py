@@ -231,9 +231,9 @@ def update(op: StepOp, a: Arguments) -> None:
         maxima = None if totals is None else totals[k, 2:].float()
         fresh = _store(op, a, slot, states, active, e.usable, maxima, noise)
         for stored in op.compensated(op.modes(options), a.params[k].dtype):
-            lost = states[stored.state] - slot.unpadded(fresh[stored.state].kept)
-            over = slot.unpadded(fresh[stored.over].kept)
-            param = param - s.step_size * op.rule.states[stored.state].impulse(lost, over, s)
+            of_state = fresh[stored.state]
+            lost, root = slot.unpadded(of_state.lost), slot.unpadded(of_state.root)
+            param = param - s.step_size * op.rule.states[stored.state].impulse(lost * root, root, s)
         if options.stochastic_round:
             param = round_bits(param.view(torch.int32), random).view(torch.float32)
         param = torch.where(e.usable, param, e.param)

@@ -362,7 +362,8 @@ class Changes(OpaqueBase):
         config = self.config(group, None, {})
         rule = self.optimizer.family.rule(config)
         stored = FORMATS[config["states"] or OF_BITS[config["optim_bits"]]].choose(rule.states)
-        _check_ratios(rule, stored, config, self.optimizer.family.hyper(config))
+        if any(one.over is not None for one in stored):
+            _check_ratios(rule, stored, config, self.optimizer.family.hyper(config))
 
     def kind(self, config: Mapping[str, Any], param: Tensor) -> Kind:
         """What bucket a parameter is for."""
@@ -373,7 +374,8 @@ class Changes(OpaqueBase):
         op = step_op(rule, format_of(config, param.numel(), has_blocks(param)))
         clipped = config["percentile_clipping"] < 100
         stochastic = optimizer.bf16_stochastic_round and param.dtype == torch.bfloat16
-        _check_ratios(rule, op.stored, config, optimizer.family.hyper(config))
+        if op.has_ratios:
+            _check_ratios(rule, op.stored, config, optimizer.family.hyper(optimizer.family.checked(config)))
         modes = Modes(
             grad_scale=clipped or optimizer.max_grad_norm is not None or optimizer._step_supports_amp_scaling,
             max_unorm=config["max_unorm"] > 0,

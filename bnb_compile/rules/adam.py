@@ -79,10 +79,10 @@ def direction_amsgrad(
     return exp_avg / (max_exp_avg_sq.sqrt() + s.eps), exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
-def impulse(lost: Tensor, exp_avg_sq: Tensor, s: Scalars) -> Tensor:
+def impulse(lost: Tensor, root: Tensor, s: Scalars) -> Tensor:
     """What a part of the first moment adds to the directions of all the steps to come."""
     steps = s.beta1 / s.one_minus_beta1
-    return torch.where(exp_avg_sq > 0, steps * lost / (exp_avg_sq.sqrt() + s.eps), 0.0)
+    return torch.where(root > 0, lost / (root + s.eps) * steps, 0.0)
 
 
 STATES = (

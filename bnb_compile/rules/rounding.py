@@ -53,4 +53,6 @@ def round_bits(bits: Tensor, random: Tensor) -> Tensor:
 
 def noise_of(random: Tensor) -> Tensor:
     """A number in [0, 1), float32, from `random_bits`, of whose low half it is independent."""
-    return torch.bitwise_and(torch.bitwise_right_shift(random, 16), 0xFFFF).float() * 2.0**-16
+    # Behind the point of a float32 between 1 and 2.
+    mantissa = torch.bitwise_and(torch.bitwise_right_shift(random, 9), 0x7FFF80)
+    return (mantissa + 0x3F800000).view(torch.float32) - 1.0

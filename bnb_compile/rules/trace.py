@@ -172,7 +172,7 @@ class TracedRule(NamedTuple):
         scalars: ``(*hyper, step) -> scalars``, float64.
         update: ``(param, grad, *states, *scalars) -> (param, *states)``, float32.
         direction: ``(param, grad, *states, *scalars) -> (direction, *states)``, float32.
-        impulses: ``(lost, over, *scalars) -> (direction,)``, float32, for each state that has one.
+        impulses: ``(lost, root, *scalars) -> (direction,)``, float32, for each state that has one.
         scalar_names: Of the scalars.
     """
 
@@ -222,7 +222,7 @@ def trace_rule(rule: Rule) -> TracedRule:
         of_elements(rule.direction),
         {
             k: trace(
-                lambda lost, over, *a, impulse=state.impulse: (impulse(lost, over, shared._make(a)),),
+                lambda lost, root, *a, impulse=state.impulse: (impulse(lost, root, shared._make(a)),),
                 [torch.float32] * (2 + len(shared)),
             )
             for k, state in enumerate(rule.states)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from ..formats import BLOCK, STEMS, Slot, Stored, find, store_states
-from ..formats.ratio import restored
+from ..formats.ratio import roots
 from ..rules import Rule, State
 from ..validate import number
 
@@ -106,7 +106,7 @@ def decode(entry: Mapping[str, Any], state: int, numel: int, states: Sequence[St
     name = states[state].over
     if name is None:
         raise ValueError(f"state{state + 1} ({states[state].name}) is a ratio, but over no other state")
-    return restored(values, decode(entry, [s.name for s in states].index(name), numel, states))
+    return values * roots(decode(entry, [s.name for s in states].index(name), numel, states))[0]
 
 
 def numbers_in(entry: Mapping[str, Any]) -> list[str]:

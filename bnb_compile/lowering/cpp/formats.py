@@ -13,7 +13,7 @@ from ...formats.dynamic8 import DynamicTable
 from ...formats.table import AbstractTable
 from ...formats.trace import number_dtype, numbers_of, trace_code, trace_format, zero_of
 from ...ops.operator import StepOp
-from ..dialects import C_VECTOR
+from ..dialects import C_FAST, C_VECTOR
 from ..printer import write
 
 TYPES = {
@@ -41,7 +41,7 @@ def _functions(of: AbstractFormat) -> str:
     def function(
         declaration: str, graph: torch.fx.Graph, arguments: Sequence[str], results: Sequence[str]
     ) -> list[str]:
-        statements, values = write(graph, arguments, C_VECTOR)
+        statements, values = write(graph, arguments, C_FAST)
         statements += [f"{result} {value};" for result, value in zip(results, values, strict=True)]
         return [f"  static inline {declaration} {{", *(f"    {line}" for line in statements), "  }"]
 

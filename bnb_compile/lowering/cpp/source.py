@@ -10,11 +10,11 @@ import torch
 
 from ...formats import BLOCK, Slot
 from ...ops.operator import Modes, Options, StepOp, kernel_arguments
-from ...formats.trace import trace_ratio
+from ...formats.trace import trace_roots
 from ...ops.step import GRAD_LIMIT
 from ...rules.trace import trace_noise, trace_random_bits, trace_round_bits, trace_rule, trace_trust_ratio
 from .._inductor import pick_vec_isa
-from ..dialects import C_DOUBLE, C_VECTOR
+from ..dialects import C_DOUBLE, C_FAST, C_VECTOR
 from ..printer import write
 from . import formats
 from .formats import TYPES, header
@@ -32,10 +32,13 @@ def print_rule(op: StepOp) -> str:
     names = traced.scalar_names
     scalar_lines, scalars = write(traced.scalars, [*hyper, "step"], C_DOUBLE)
 
+    # What is kept in full precision is computed in it.
+    dialect = C_VECTOR
+
     def function(graph: torch.fx.Graph, result: str) -> list[str]:
         named = [f"const V {state} = state[{k}];" for state, k in zip(states, order)]
         named += [f"const V {name} = s[{k}];" for k, name in enumerate(names)]
-        lines, (value, *fresh) = write(graph, ["param", "grad", *states, *names], C_VECTOR)
+        lines, (value, *fresh) = write(graph, ["param", "grad", *states, *names], dialect)
         kept = [f"state[{k}] = {state};" for k, state in zip(order, fresh)]
         return _indented([*named, *lines, f"{result} = {value};", *kept])
 
@@ -63,20 +66,22 @@ def print_rule(op: StepOp) -> str:
 
 
 def _print_impulse(op: StepOp, scalars: Sequence[str]) -> list[str]:
-    """`impulse` for the format of each state that has one; the others are not asked for it."""
-    lines = [
-        "  template <int FORMAT>",
-        "  static inline V impulse(const V& lost, const V& over, const V* s) {",
-        *_indented([f"const V {name} = s[{k}];" for k, name in enumerate(scalars)]),
-    ]
+    """`impulse` for each format of a ratio that has one; the others are not asked for it."""
+    lines = []
     for k, stored in enumerate(op.stored):
         graph = trace_rule(op.rule).impulses.get(stored.state)
-        if graph is not None:
-            statements, (value,) = write(graph, ["lost", "over", *scalars], C_VECTOR)
-            lines += [f"    if constexpr (FORMAT == {k}) {{"]
-            lines += [f"      {line}" for line in [*statements, f"return {value};"]]
-            lines += ["    }"]
-    return [*lines, "    return V(0.f);", "  }"]
+        if stored.over is not None and graph is not None:
+            named = [f"const V {name} = s[{j}];" for j, name in enumerate(scalars)]
+            statements, (value,) = write(graph, ["lost", "root", *scalars], C_FAST)
+            lines += [f"if constexpr (FORMAT == {k}) {{"]
+            lines += _indented([*named, *statements, f"return {value};"])
+            lines += ["}"]
+    return [
+        "  template <int FORMAT>",
+        "  static inline V impulse(const V& lost, const V& root, const V* s) {",
+        *_indented([*lines, "return V(0.f);"]),
+        "  }",
+    ]
 
 
 def _print_modes(modes: Modes) -> str:
@@ -100,16 +105,21 @@ def _print_inline(
     result: str, name: str, type_: str, arguments: Sequence[str], graph: torch.fx.Graph
 ) -> list[str]:
     """A function of vectors."""
-    lines, (value,) = write(graph, arguments, C_VECTOR)
+    lines, (value,) = write(graph, arguments, C_FAST)
     declared = ", ".join(f"const {type_}& {argument}" for argument in arguments)
     return [f"inline {result} {name}({declared}) {{", *_indented([*lines, f"return {value};"]), "}"]
 
 
-def _print_ratio() -> list[str]:
-    to_ratio, restored = trace_ratio()
+def _print_roots() -> list[str]:
+    """What is over a state needs of it, as a struct."""
+    lines, (root, per_root) = write(trace_roots(), ["over"], C_FAST)
     return [
-        *_print_inline("V", "to_ratio", "V", ["state", "over"], to_ratio),
-        *_print_inline("V", "restored", "V", ["ratio", "over"], restored),
+        "struct Roots {",
+        "  V root, per_root;",
+        "  explicit inline Roots(const V& over) {",
+        *_indented([*lines, f"root = {root}, per_root = {per_root};"]),
+        "  }",
+        "};",
     ]
 
 
@@ -119,7 +129,7 @@ def _body(op: StepOp, modes: Modes) -> str:
         [
             _tensors(),
             _print_modes(modes),
-            *_print_ratio(),
+            *_print_roots(),
             *formats.definitions(op),
             print_rule(op),
             header("step.h"),

@@ -6,7 +6,7 @@
 //   scalars(hyper, step, out)         what the elements of a parameter share
 //   update(param, grad, state, s)     the update of LANES elements; param and state are replaced
 //   direction(param, grad, state, s)  returns the direction; state is replaced
-//   impulse<K>(lost, over, s)         the directions to come that a part of a state has, see rules/rule.py
+//   impulse<K>(lost, root, s)         the directions to come that a part of a state has, see rules/rule.py
 // where states are in the order of their formats; GRAD_LIMIT, the Modes of ops/operator.py,
 // trust_ratio(max_unorm, param_norm, update_norm), random_bits(index, step), round_bits(bits, random) and
 // noise_of(random); and what stores the states, see stored.h.
@@ -134,7 +134,7 @@ Measured<Storage::MAXIMA> update_block(
   V update_squares(0.f), param_squares(0.f);
   // Without what comes for states that are encoded, and not rounded yet.
   alignas(64) float moved[Storage::COMPENSATED ? BLOCK : LANES];
-  const auto random = [&](int i) { return random_bits(I::arange((int32_t)(index + i), 1), I((int32_t)step)); };
+  const auto random = [&](int i) { return random_bits(numbers_from((int32_t)(index + i)), I((int32_t)step)); };
   const auto rounded = [&](int i, const V& fresh_param) {
     if constexpr (!STOCHASTIC_ROUND) return fresh_param;
     return as_numbers(round_bits(as_integers(fresh_param), random(i)));
@@ -196,9 +196,9 @@ Measured<Storage::MAXIMA> update_block(
     const auto relate = [&](auto format, int i, const V& kept) {
       ((Storage::over(F) == format ? std::get<F>(states).relate(i, kept) : void()), ...);
     };
-    const auto compensate = [&](auto format, int i, const V& lost, const V& over) {
+    const auto compensate = [&](auto format, int i, const V& lost, const V& root) {
       V fresh_param = V::loadu(moved + i);
-      fresh_param = fresh_param - s[Rule::STEP_SIZE] * Rule::template impulse<format>(lost, over, s);
+      fresh_param = fresh_param - s[Rule::STEP_SIZE] * Rule::template impulse<format>(lost, root, s);
       if (Storage::compensated_before(format) + 1 < Storage::COMPENSATED) {
         fresh_param.store(moved + i);
         return;
@@ -215,7 +215,7 @@ Measured<Storage::MAXIMA> update_block(
           std::get<format>(storage.formats), offset, block, count,
           whole.maxima + Storage::first_maximum(format), noise,
           [&](int i, const V& kept) { relate(format, i, kept); },
-          [&](int i, const V& lost, const V& over) { compensate(format, i, lost, over); });
+          [&](int i, const V& lost, const V& root) { compensate(format, i, lost, root); });
     };
     (out(std::integral_constant<int, F>()), ...);
     staged_param.out(data, parameter.data_strides, first, count);

@@ -10,7 +10,8 @@
 //   PER                                   elements in an entry
 //   load(entries, i)                      LANES numbers from element i on
 //   store(number, entries)                a block; number(i) are LANES of its numbers, from i on
-//   VECTORS, store(numbers, entries, i)   whether LANES numbers can be written alone, and if so how
+//   VECTORS, store(numbers, entries, i)   whether LANES numbers can be written alone, and if so how,
+//   rounded(numbers)                      and what they are then
 
 // Floating-point numbers of type T.
 template <class T>
@@ -25,6 +26,11 @@ struct Numbers {
   }
   static inline void store(const V& numbers, T* entries, int i) {
     write(numbers, entries + i);
+  }
+  static inline V rounded(const V& numbers) {
+    alignas(64) T entries[LANES];
+    write(numbers, entries);
+    return read(entries);
   }
 };
 
@@ -41,6 +47,9 @@ struct Integers {
   }
   static inline void store(const I& numbers, T* entries, int i) {
     PER == 1 ? write_integers(numbers, entries + i) : write_nibbles(numbers, entries + i / 2);
+  }
+  static inline I rounded(const I& numbers) {
+    return numbers;
   }
 };
 
@@ -87,7 +96,7 @@ struct Stored {
   struct Buffer {
     std::tuple<Staged<typename E::Entry>...> staged;
     alignas(64) float fresh[AT_ONCE ? LANES : BLOCK];  // or its ratio
-    alignas(64) float over[COMPENSATED ? BLOCK : LANES];
+    alignas(64) float root[COMPENSATED ? BLOCK : LANES];
 
     Buffer() {}  // see Staged
   };
@@ -117,7 +126,7 @@ struct Stored {
     // The state of LANES elements, which are in a group; `states` are those of all formats before this.
     inline V decode(int group, int i, const V* states) const {
       const V stored = F::decode(load(i, PARTS), shared[group / GROUP]);
-      if constexpr (OVER >= 0) return restored(stored, states[OVER]);
+      if constexpr (OVER >= 0) return stored * Roots(states[OVER]).root;
       return stored;
     }
     inline void measure(int group, const V& state) {
@@ -145,13 +154,14 @@ struct Stored {
     }
     // Of a ratio: what it is over has been encoded, and is `over` now.
     inline void relate(int i, const V& over) {
-      const V ratio = to_ratio(V::loadu(buffer.fresh + i), over);
+      const Roots roots(over);
+      const V ratio = V::loadu(buffer.fresh + i) * roots.per_root;
       ratio.store(buffer.fresh + i);
-      if constexpr (COMPENSATED) over.store(buffer.over + i);
+      if constexpr (COMPENSATED) roots.root.store(buffer.root + i);
       measure(i, ratio);
     }
     // Encodes a block. noise(i) are LANES random numbers; kept(i, state) is called with what has been kept, and
-    // lost(i, state, over) with what has not.
+    // lost(i, state, root) with what has not.
     template <class Noise, class Kept, class Lost>
     void out(
         const Stored& rows, int64_t first, int64_t block, int count, const float* whole, const Noise& noise,
@@ -171,10 +181,11 @@ struct Stored {
               AllNumbers numbers;
               F::encode(fresh, now, noise(i), numbers);
               store(numbers, i, PARTS);
+              if constexpr (KEPT || COMPENSATED) numbers = rounded(numbers, PARTS);
               if constexpr (KEPT) kept(i, F::decode(numbers, now));
               if constexpr (COMPENSATED) {
-                const V over = V::loadu(buffer.over + i);
-                lost(i, restored(fresh - F::decode(numbers, now), over), over);
+                const V root = V::loadu(buffer.root + i);
+                lost(i, (fresh - F::decode(numbers, now)) * root, root);
               }
             }
           }
@@ -201,6 +212,10 @@ struct Stored {
     template <int... K>
     inline void store(const AllNumbers& numbers, int i, std::integer_sequence<int, K...>) {
       (E::store(std::get<K>(numbers), std::get<K>(entries), i), ...);
+    }
+    template <int... K>
+    static inline AllNumbers rounded(const AllNumbers& numbers, std::integer_sequence<int, K...>) {
+      return AllNumbers(E::rounded(std::get<K>(numbers))...);
     }
     template <class Noise, int... K>
     inline void store_blocks(const Noise& noise, std::integer_sequence<int, K...>) {

@@ -32,11 +32,83 @@ inline V as_numbers(const I& x) {
 inline I to_integers(const V& x) {
   return at::vec::convert<int32_t>(x);
 }
+inline I floor_to_integers(const V& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_cvt_roundps_epi32(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#else
+  return to_integers(x.floor());
+#endif
+}
 inline V to_numbers(const I& x) {
   return at::vec::convert<float>(x);
 }
 
-// 1 / sqrt(x) of a normal number above 0, to 2^-22: an instruction and a step of Newton's.
+// Comparisons, and a choice by them.
+#if defined(CPU_CAPABILITY_AVX512)
+using Mask = __mmask16;
+#define COMPARISON(name, number, integer)                      \
+  inline Mask name(const V& a, const V& b) {                   \
+    return _mm512_cmp_ps_mask(a, b, number);                   \
+  }                                                            \
+  inline Mask name(const I& a, const I& b) {                   \
+    return _mm512_cmp_epi32_mask(a, b, integer);               \
+  }
+COMPARISON(gt, _CMP_GT_OQ, _MM_CMPINT_NLE)
+COMPARISON(ge, _CMP_GE_OQ, _MM_CMPINT_NLT)
+COMPARISON(lt, _CMP_LT_OQ, _MM_CMPINT_LT)
+COMPARISON(le, _CMP_LE_OQ, _MM_CMPINT_LE)
+COMPARISON(eq, _CMP_EQ_OQ, _MM_CMPINT_EQ)
+inline V where(Mask mask, const V& a, const V& b) {
+  return _mm512_mask_blend_ps(mask, b, a);
+}
+inline I where(Mask mask, const I& a, const I& b) {
+  return _mm512_mask_blend_epi32(mask, b, a);
+}
+#else
+#define COMPARISON(name, symbol)                \
+  inline V name(const V& a, const V& b) {       \
+    return a symbol b;                          \
+  }                                             \
+  inline V name(const I& a, const I& b) {       \
+    return as_numbers(a symbol b);              \
+  }
+COMPARISON(gt, >)
+COMPARISON(ge, >=)
+COMPARISON(lt, <)
+COMPARISON(le, <=)
+COMPARISON(eq, ==)
+inline V where(const V& mask, const V& a, const V& b) {
+  return V::blendv(b, a, mask);
+}
+inline I where(const V& mask, const I& a, const I& b) {
+  return as_integers(V::blendv(as_numbers(b), as_numbers(a), mask));
+}
+#endif
+#undef COMPARISON
+
+// Zeros come from above.
+inline I logical_shift(const I& x, const I& bits) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_srlv_epi32(x, bits);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_srlv_epi32(x, bits);
+#else
+  int32_t lanes[LANES], by[LANES];
+  x.store(lanes), bits.store(by);
+  for (int k = 0; k < LANES; k++) lanes[k] = (int32_t)((uint32_t)lanes[k] >> by[k]);
+  return I::loadu(lanes);
+#endif
+}
+
+// The number of LANES elements, from the first one's on.
+inline I numbers_from(int32_t first) {
+  alignas(64) static constexpr int32_t LANE[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  static_assert(LANES <= 16);
+  return I(first) + I::loadu(LANE);
+}
+
+// 1 / sqrt(x) of a normal number above 0, and 1 / x of one that is not 0, to 2^-22: an instruction and a step of
+// Newton's.
 inline V rsqrt(const V& x) {
 #if defined(CPU_CAPABILITY_AVX512)
   const V root = _mm512_rsqrt14_ps(x);
@@ -48,6 +120,21 @@ inline V rsqrt(const V& x) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   return root * at::vec::fnmadd(x * V(0.5f), root * root, V(1.5f));
 #endif
+}
+inline V reciprocal(const V& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const V inverse = _mm512_rcp14_ps(x);
+#elif defined(CPU_CAPABILITY_AVX2)
+  const V inverse = _mm256_rcp_ps(x);
+#else
+  return x.reciprocal();
+#endif
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  return inverse * at::vec::fnmadd(x, inverse, V(2.f));
+#endif
+}
+inline V root(const V& x) {
+  return x * rsqrt(at::vec::clamp_min(x, V(std::numeric_limits<float>::min())));
 }
 
 // LANES integers of 8 bits.

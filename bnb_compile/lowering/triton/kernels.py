@@ -118,10 +118,49 @@ def load_codes(codes, table, i, inside, ZERO: tl.constexpr):
 
 
 @triton.jit
+def grouped(x, GROUPS: tl.constexpr):
+    """(TILE, BLOCK) elements as (TILE, GROUPS, elements of a group)."""
+    return tl.reshape(x, [x.shape[0], GROUPS, x.shape[1] // GROUPS])
+
+
+@triton.jit
+def flat(x):
+    """The reverse of `grouped`."""
+    return tl.reshape(x, [x.shape[0], x.shape[1] * x.shape[2]])
+
+
+@triton.jit
+def groups_of(block, GROUPS: tl.constexpr):
+    """The numbers of the groups of blocks, (TILE, GROUPS)."""
+    return block[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
+
+
+@triton.jit
+def load_nibbles(row, block, whole, SIGNED: tl.constexpr):
+    """Codes of 4 bits of blocks, (TILE, BLOCK), of which each has whole bytes to itself."""
+    lane = tl.arange(0, BLOCK)[None, :]
+    entry = tl.load(row + block[:, None] * (BLOCK // 2) + lane // 2, whole[:, None], 0).to(tl.int32)
+    code = (entry >> (lane % 2 * 4)) & 15
+    if SIGNED:
+        code = (code ^ 8) - 8
+    return code
+
+
+@triton.jit
+def store_nibbles(codes, row, block, whole):
+    """The reverse of `load_nibbles`."""
+    pairs = tl.reshape(codes & 15, [codes.shape[0], codes.shape[1] // 2, 2])
+    low, high = tl.split(pairs)
+    half = tl.arange(0, BLOCK // 2)[None, :]
+    entry = (low | (high << 4)).to(row.dtype.element_ty)
+    tl.store(row + block[:, None] * (BLOCK // 2) + half, entry, whole[:, None])
+
+
+@triton.jit
 def block_maxima(x, of_parameter, b):
-    """The largest of each block, (TILE,), or what was found of the whole parameter."""
+    """The largest of each block, (TILE,), or group, (TILE, GROUPS); or what was found of the whole parameter."""
     if of_parameter is None:
-        largest = tl.max(x, 1)
+        largest = tl.max(x, len(x.shape) - 1)
     else:
         largest = tl.load(of_parameter) + tl.zeros_like(b).to(tl.float32)
     return largest
@@ -155,7 +194,9 @@ def update_program(
     update,
     keep,
     store_states,
+    random_bits,
     round_bits,
+    compensate,
 ):
     """Update the elements of this program, which are of parameter `k`, and its states."""
     pid = tl.program_id(0)
@@ -176,13 +217,13 @@ def update_program(
     if MAX_UNORM:
         ratio = tl.load(measured + k * (1 + MAXIMA))
     param, fresh = update(old_param, grad, old, s, ratio)
-    if round_bits is not None:
-        bits = param.to(tl.int32, bitcast=True)
-        bits = round_bits(bits, index_of(i, k, rows, ROWS), tl.load(step + k).to(tl.int32))[0]
-        param = bits.to(tl.float32, bitcast=True)
-    param = tl.where(used, param, old_param)
+    random = None
+    if random_bits is not None:
+        random = random_bits(index_of(i, k, rows, ROWS), tl.load(step + k).to(tl.int32))[0]
     fresh = keep(used, fresh, old)
-    tl.store(pointer, param.to(PARAM), inside)
+    if compensate is None:
+        store_param(pointer, param, old_param, used, inside, random, PARAM, round_bits)
+    of_param = inside
     if SKIP_ZEROS and BLOCK_WISE:
         # Encoding a block anew may change it, so one without any gradient is left alone.
         touched = tl.max(used.to(tl.int32), 1) > 0
@@ -191,7 +232,19 @@ def update_program(
     of_parameter = None
     if not BLOCK_WISE:
         of_parameter = measured + k * (1 + MAXIMA) + 1
-    store_states(arenas, fresh, offset, i, block, b, inside, whole, of_parameter)
+    lost = store_states(arenas, fresh, random, offset, i, block, b, inside, whole, of_parameter)
+    if compensate is not None:
+        param = compensate(param, lost, s)
+        store_param(pointer, param, old_param, used, of_param, random, PARAM, round_bits)
+
+
+@triton.jit
+def store_param(pointer, param, old_param, used, inside, random, PARAM: tl.constexpr, round_bits):
+    """Write the parameter, where its gradient is used."""
+    if round_bits is not None:
+        bits = round_bits(param.to(tl.int32, bitcast=True), random)[0]
+        param = bits.to(tl.float32, bitcast=True)
+    tl.store(pointer, tl.where(used, param, old_param).to(PARAM), inside)
 
 
 @triton.jit

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import torch
 
-from ...formats import BLOCK
+from ...formats import BLOCK, Stored
 from ...ops.operator import Modes, StepOp, kernel_arguments
-from ...rules.trace import trace_round_bits, trace_rule, trace_trust_ratio
-from ..dialects import TRITON, TRITON_DOUBLE, TRITON_INTEGERS
+from ...rules.trace import trace_noise, trace_random_bits, trace_round_bits, trace_rule, trace_trust_ratio
+from ..dialects import TRITON, TRITON_DOUBLE
 from ..printer import write
 from .formats import arena_rows, print_formats, tables
 from .text import LANGUAGE, call, function, tuple_of
@@ -28,6 +28,7 @@ TYPES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
     torch.uint8: "u8",
+    torch.int8: "i8",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int32: "i32",
@@ -49,11 +50,11 @@ NO_NUMBER = 2**62  # in the place of 0, which would be passed as 32 bits and so 
 IMPORTS = """\
 import triton
 import triton.language as tl
-from bnb_compile.lowering.triton.device import div, sqrt
+from bnb_compile.lowering.triton.device import div, rsqrt, sqrt
 from bnb_compile.lowering.triton.dynamic_map import encode_fast
 from bnb_compile.lowering.triton.kernels import (
-    block_maxima, finish_program, load_codes, measure_program, norms_program, prepare_program, sums_program,
-    total_program, update_program,
+    block_maxima, finish_program, flat, grouped, groups_of, load_codes, load_nibbles, measure_program,
+    norms_program, prepare_program, store_nibbles, sums_program, total_program, update_program,
 )
 """
 
@@ -124,10 +125,28 @@ def print_rule(op: StepOp, fast: bool) -> str:
 
 
 @functools.cache
-def _print_round_bits() -> str:
-    arguments = ["bits", "index", "step"]
-    lines, (rounded,) = write(trace_round_bits(), arguments, TRITON_INTEGERS)
-    return function("round_bits", arguments, [*lines, f"return ({rounded},)"])
+def _print_random() -> str:
+    """Random bits, and what is made of them."""
+    texts = []
+    for name, arguments, graph in (
+        ("random_bits", ["index", "step"], trace_random_bits()),
+        ("round_bits", ["bits", "random"], trace_round_bits()),
+        ("noise_of", ["random"], trace_noise()),
+    ):
+        lines, (result,) = write(graph, arguments, TRITON)
+        texts.append(function(name, arguments, [*lines, f"return ({result},)"]))
+    return "\n".join(texts)
+
+
+def _print_compensate(op: StepOp, compensated: Sequence[Stored], fast: bool) -> str:
+    """``(param, lost, s) -> param``, with what is lost of each such state and the root that it is over."""
+    names = trace_rule(op.rule).scalar_names
+    lines = [f"FAST: tl.constexpr = {fast}", *(f"{name} = s[{k}]" for k, name in enumerate(names))]
+    for k, stored in enumerate(compensated):
+        graph = trace_rule(op.rule).impulses[stored.state]
+        statements, (value,) = write(graph, [f"lost[{2 * k}]", f"lost[{2 * k + 1}]", *names], TRITON)
+        lines += [*statements, f"param = param - step_size * {value}"]
+    return function("compensate", ["param", "lost", "s"], [*lines, "return param"])
 
 
 # Entries: what is launched.
@@ -146,7 +165,7 @@ def step_arguments(op: StepOp, modes: Modes, variant: Variant, measure: bool = F
     arguments += tables(op)
     arguments += ["scalars"]
     arguments += ["grad_scale"] if modes.grad_scale else []
-    arguments += ["step"] if modes.stochastic_round and not measure else []
+    arguments += ["step"] if (modes.stochastic_round or op.random) and not measure else []
     if measure:
         arguments.append("found")
     elif modes.needs_totals:
@@ -167,7 +186,7 @@ def _step_entry(
     """A kernel that calls `update_program` or `measure_program`."""
     arguments = step_arguments(op, modes, variant, measure)
     fast = variant.fast and op.shared_in_blocks  # what is kept in full precision is computed in it
-    rounds = "round_bits" in own.values()
+    compensated = () if measure else op.compensated(modes, param_dtype)
 
     def given(argument: str) -> str:
         return argument if argument in arguments else "None"
@@ -208,8 +227,9 @@ def _step_entry(
     return "\n".join(
         [
             print_rule(op, fast),
-            print_formats(op, modes, fast),
-            _print_round_bits() if rounds else "",
+            _print_random() if op.random or modes.stochastic_round else "",
+            print_formats(op, modes, fast, compensated),
+            _print_compensate(op, compensated, fast) if compensated else "",
             function(name, arguments, body),
         ]
     )
@@ -220,13 +240,15 @@ def step_kernel(
 ) -> str:
     """Source of the kernel that updates a bucket."""
     own = dict(
-        step="step" if modes.stochastic_round else None,
+        step="step" if modes.stochastic_round or op.random else None,
         measured="measured" if modes.needs_totals else None,
         MAX_UNORM=modes.max_unorm,
         BLOCK_WISE=modes.block_wise,
         update="update",
         store_states="store_states",
+        random_bits="random_bits" if modes.stochastic_round or op.random else None,
         round_bits="round_bits" if modes.stochastic_round else None,
+        compensate="compensate" if op.compensated(modes, param_dtype) else None,
     )
     return _step_entry(op, modes, name, param_dtype, grad_dtype, variant, measure=False, **own)
 

@@ -7,7 +7,13 @@ from collections.abc import Iterable
 import torch
 
 #: Dtypes as the language calls them.
-LANGUAGE = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
+LANGUAGE = {
+    torch.float32: "tl.float32",
+    torch.bfloat16: "tl.bfloat16",
+    torch.float16: "tl.float16",
+    torch.int8: "tl.int8",
+    torch.uint8: "tl.uint8",
+}
 
 
 def function(name: str, arguments: Iterable[str], lines: Iterable[str]) -> str:
