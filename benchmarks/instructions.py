@@ -26,7 +26,7 @@ from bnb_compile.ops.operator import Modes, StepOp
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers import fake_gpu
-from helpers.buckets import STEP_OPS
+from helpers.buckets import OTHER_OPS, STEP_OPS
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -42,10 +42,10 @@ class Row(NamedTuple):
 
 
 def ours(sm: int) -> Iterator[Row]:
-    for (rule, bits), op in STEP_OPS.items():
-        name = f"bnb_compile {rule}, {bits} bits"
-        for fast in (True, False) if bits == 8 else (False,):  # other formats have one variant
-            kind = "" if bits != 8 else ", fast" if fast else ", portable"
+    for (rule, format), op in {**STEP_OPS, **OTHER_OPS}.items():
+        name = f"bnb_compile {rule}, {format}{' bits' if isinstance(format, int) else ''}"
+        for fast in (True, False) if op.shared_in_blocks else (False,):  # other formats have one variant
+            kind = "" if not op.shared_in_blocks else ", fast" if fast else ", portable"
             for dtype in DTYPES:
                 yield _built(name + kind, op, dtype, fast, sm)
         # What a trust ratio costs besides: the first of two phases.

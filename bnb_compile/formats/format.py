@@ -330,7 +330,7 @@ def store_states(
         if one.state in given and (one.over is None or one.over in given):
             parts = given[one.state]
         else:
-            parts = one.format.store(x, of_format, noise)
+            parts = one.format.store(x, of_format, noise if one.format.random else 0.5)
         kept = one.format.load(parts, x.numel())
         fresh[one.state] = Fresh(parts, kept if root is None else kept * root, x - kept, root)
     return fresh

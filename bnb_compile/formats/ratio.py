@@ -18,8 +18,8 @@ _TINY = torch.finfo(torch.float32).tiny
 
 def roots(over: Tensor) -> tuple[Tensor, Tensor]:
     """The root of a state as stored, and what a mean is multiplied by to be divided by it; 0 where it is 0."""
-    per_root = torch.where(over > 0, torch.maximum(over, torch.full_like(over, _TINY)).rsqrt(), 0.0)
-    return over * per_root, per_root
+    per_root = torch.maximum(over, torch.full_like(over, _TINY)).rsqrt()
+    return over * per_root, torch.where(over > 0, per_root, 0.0)
 
 
 def most(decay: float, decay_over: float) -> float:

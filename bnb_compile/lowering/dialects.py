@@ -165,7 +165,7 @@ C_FAST = C_VECTOR._replace(
     }
 )
 
-#: Triton; the kernels define ``div``, ``sqrt``, ``rsqrt`` and FAST.
+#: Triton; the kernels define ``div``, ``reciprocal``, ``sqrt``, ``rsqrt`` and FAST.
 TRITON = Dialect(
     "{name} = {value}",
     lambda value: "float('inf')" if value == math.inf else f"{float(value)!r}",
@@ -173,6 +173,7 @@ TRITON = Dialect(
     | _COMPARISONS
     | {
         "div": "div({}, {}, FAST)",
+        "reciprocal": "reciprocal({}, FAST)",
         "neg": "-({})",
         "abs": "tl.abs({})",
         "sqrt": "sqrt({}, FAST)",
@@ -193,5 +194,5 @@ TRITON = Dialect(
 
 #: Triton in float64, for a rule's scalars.
 TRITON_DOUBLE = TRITON._replace(
-    operations=TRITON.operations | {"div": "{} / {}", "sqrt": "tl.sqrt({})", "rsqrt": "1.0 / tl.sqrt({})"}
+    operations=TRITON.operations | {"div": "{} / {}", "reciprocal": "1.0 / {}", "sqrt": "tl.sqrt({})", "rsqrt": "1.0 / tl.sqrt({})"}
 )

@@ -82,7 +82,6 @@ struct Formats {
 
   static constexpr int MAXIMA = (F::FOUND + ... + 0);
   static constexpr int GROUP = std::min({BLOCK, F::GROUP...});  // the fewest elements that share something
-  static constexpr bool RANDOM = (F::RANDOM || ...);
   static constexpr int COMPENSATED = (F::COMPENSATED + ... + 0);
 
   static constexpr int first_maximum(int format) {
@@ -192,7 +191,7 @@ Measured<Storage::MAXIMA> update_block(
     found.param = sum(param_squares);
     (std::get<F>(states).found(found.maxima + Storage::first_maximum(F)), ...);
   } else {
-    const auto noise = [&](int i) { return Storage::RANDOM ? noise_of(random(i)) : V(0.5f); };
+    const auto noise = [&](int i) { return noise_of(random(i)); };
     const auto relate = [&](auto format, int i, const V& kept) {
       ((Storage::over(F) == format ? std::get<F>(states).relate(i, kept) : void()), ...);
     };

@@ -50,22 +50,31 @@ def sqrt(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def reciprocal(x, FAST: tl.constexpr):
+    if FAST:
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        inverse = 1.0 / x
+    return inverse
+
+
+@triton.jit
 def rsqrt(x, FAST: tl.constexpr):
     if FAST:
         inverse = tl.inline_asm_elementwise(
             "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        inverse = tl.div_rn(1.0, tl.sqrt_rn(x))
+        inverse = 1.0 / tl.sqrt_rn(x)
     return inverse
 
 
 @triton.jit
 def div(x, y, FAST: tl.constexpr):
     if FAST:
-        quotient = x * tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1
-        )
+        quotient = x * reciprocal(y, True)
     else:
         quotient = tl.div_rn(x, y)
     return quotient

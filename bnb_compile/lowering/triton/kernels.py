@@ -160,7 +160,9 @@ def store_nibbles(codes, row, block, whole):
 def block_maxima(x, of_parameter, b):
     """The largest of each block, (TILE,), or group, (TILE, GROUPS); or what was found of the whole parameter."""
     if of_parameter is None:
-        largest = tl.max(x, len(x.shape) - 1)
+        # Of numbers that are not negative the bits have the same order, and a warp has an instruction for it.
+        bits = tl.max(x.to(tl.int32, bitcast=True), len(x.shape) - 1)
+        largest = bits.to(tl.float32, bitcast=True)
     else:
         largest = tl.load(of_parameter) + tl.zeros_like(b).to(tl.float32)
     return largest

@@ -50,7 +50,7 @@ NO_NUMBER = 2**62  # in the place of 0, which would be passed as 32 bits and so 
 IMPORTS = """\
 import triton
 import triton.language as tl
-from bnb_compile.lowering.triton.device import div, rsqrt, sqrt
+from bnb_compile.lowering.triton.device import div, reciprocal, rsqrt, sqrt
 from bnb_compile.lowering.triton.dynamic_map import encode_fast
 from bnb_compile.lowering.triton.kernels import (
     block_maxima, finish_program, flat, grouped, groups_of, load_codes, load_nibbles, measure_program,
