@@ -26,8 +26,8 @@ from helpers import fake_gpu
 from helpers.buckets import (
     EVERYTHING,
     FEW_SIZES,
-    SIZES,
     OTHER_OPS,
+    SIZES,
     STEP_OPS,
     Awkward,
     Bucket,

@@ -54,9 +54,7 @@ _KNOWN: tuple[AbstractFormat, ...] = (
     ratios.RATIO4,
 )
 #: What keys of entries begin with, before a number; bitsandbytes' own, too.
-STEMS = frozenset(
-    ["qmap", "max", "new_max", *(stem for known in _KNOWN for stem in known.keys.values())]
-)
+STEMS = frozenset(["qmap", "max", "new_max", *(stem for known in _KNOWN for stem in known.keys.values())])
 
 
 def find(saved: Mapping[str, Any], number: int) -> AbstractFormat | None:

@@ -23,8 +23,8 @@ class Part(NamedTuple):
     Attributes:
         name: As it is called in the names of arenas.
         dtype: Of its entries.
-        per: Elements that share an entry: a divisor of BLOCK. Of 2 elements an entry of 8 bits has a code of 4
-            bits each, that of the first in its low half; signed if the dtype is.
+        per: Elements that share an entry: a divisor of BLOCK. Of 2 elements an entry of 8 bits has a code of
+            4 bits each, that of the first in its low half; signed if the dtype is.
     """
 
     name: str

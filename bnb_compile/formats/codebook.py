@@ -137,8 +137,8 @@ def closed_form(a: Tensor, signed: bool, margin: float = 0.0) -> Tensor:
 def stochastic(a: Tensor, noise: Tensor) -> Tensor:
     """A number whose nearest code is one of the two around `a`, the upper one as often as `a` is near to it.
 
-    So the mean of what is decoded is `a`, between any two codes but the lowest: below the first code above 0 it
-    is that one, see `never_zero`.
+    So the mean of what is decoded is `a`, between any two codes but the lowest: below the first code above 0
+    it is that one, see `never_zero`.
 
     Args:
         a: Numbers times ``1 / absmax`` of the unsigned map, float32, any shape.
@@ -158,7 +158,10 @@ def stochastic(a: Tensor, noise: Tensor) -> Tensor:
     # In cells of a's decade. From its first code down to the code before it are 0.6 cells, a fifth of a cell
     # being one there; from its last code up to the next one are 3, or up to 1.0 half a one.
     place = a * slope + start - 0.5
-    before, after = torch.minimum(place - first, torch.zeros_like(a)), torch.maximum(place - end, torch.zeros_like(a))
+    before, after = (
+        torch.minimum(place - first, torch.zeros_like(a)),
+        torch.maximum(place - end, torch.zeros_like(a)),
+    )
     before = torch.where(first > 1, before * (2 / 3), -before)
     after = torch.where(end < below.last, after * (-2 / 3), after)
     code = torch.floor(place + before + after + noise)

@@ -131,8 +131,8 @@ class Dynamic8(AbstractFormat):
 
     Args:
         signed: Whether the state can be negative, and so has the signed map.
-        random: Whether it is rounded stochastically, which bitsandbytes does not do, but reads; only without a
-            sign.
+        random: Whether it is rounded stochastically, which bitsandbytes does not do, but reads; only without
+            a sign.
     """
 
     parts = (Part("codes", torch.uint8), Part("absmax", torch.float32, per=BLOCK))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .arena import BLOCK, Part, Slot, layout
+from .arena import BLOCK, Part, layout
 from .ratio import roots
 from .table import AbstractTable
 
@@ -22,10 +22,10 @@ from .table import AbstractTable
 class AbstractFormat:
     """How a state is stored.
 
-    A format says what it computes in four functions of plain torch, elementwise: `decode`, `magnitudes`, `share`
-    and `encode`. They are traced once (formats/trace.py) and printed in every language, and `load` and `store`
-    run them. What they call numbers are entries as float32 if a part has floating-point numbers, as int32 if it
-    has integers, and what a code stands for if the part has a table.
+    A format says what it computes in four functions of plain torch, elementwise: `decode`, `magnitudes`,
+    `share` and `encode`. They are traced once (formats/trace.py) and printed in every language, and `load`
+    and `store` run them. What they call numbers are entries as float32 if a part has floating-point numbers,
+    as int32 if it has integers, and what a code stands for if the part has a table.
 
     Attributes:
         name: Lower case; part of the names of operators and arenas. Formats of one name share their arenas.
@@ -103,7 +103,9 @@ class AbstractFormat:
             Tensor: ``(numel,)`` float32.
         """
         numbers = [self._numbers(part, parts[part.name])[:numel] for part in self.of_elements]
-        return self.decode(numbers, [spread(parts[x.name].float(), numel, self.block) for x in self.of_blocks])
+        return self.decode(
+            numbers, [spread(parts[x.name].float(), numel, self.block) for x in self.of_blocks]
+        )
 
     def store(
         self, state: Tensor, maxima: Sequence[Tensor] | None = None, noise: Tensor | float = 0.5
@@ -119,9 +121,7 @@ class AbstractFormat:
         blocks = -(-numel // BLOCK) * each
         if maxima is None:
             maxima = [_padded(block_maxima(x, self.block), blocks) for x in self.magnitudes(state)]
-        of_blocks = [
-            x.expand(blocks).to(part.dtype) for part, x in zip(self.of_blocks, self.share(maxima))
-        ]
+        of_blocks = [x.expand(blocks).to(part.dtype) for part, x in zip(self.of_blocks, self.share(maxima))]
         numbers = self.encode(state, [spread(x.float(), numel, self.block) for x in of_blocks], noise)
         entries = [self._entries(part, x) for part, x in zip(self.of_elements, numbers)]
         names = (part.name for part in (*self.of_elements, *self.of_blocks))
@@ -191,10 +191,8 @@ class AbstractFormat:
         padded = {part.name: slot.padded_part(parts[part.name], part.per) for part in self.parts}
         return slot.unpadded(self.load(padded, slot.padded_numel))
 
-    def _checked(
-        self, saved: Mapping[str, Any], number: int, numel: int
-    ) -> tuple[dict[str, Tensor], int]:
-        """The parts in an entry, flat, and the elements of a row at whose end a block ends; 0 if none does."""
+    def _checked(self, saved: Mapping[str, Any], number: int, numel: int) -> tuple[dict[str, Tensor], int]:
+        """The parts in an entry, flat, and the elements of a row at whose end a block ends, or 0."""
         parts, row = {}, 0
         for part in self.parts:
             name = f"{self.keys[part.name]}{number}"
@@ -212,7 +210,7 @@ class AbstractFormat:
 
 
 def same_blocks(row: int, other: int) -> bool:
-    """Whether blocks of rows of so many elements are the same; where rows are whole blocks it does not matter."""
+    """Whether blocks that end with rows of so many elements are the same, as where rows are whole blocks."""
     return row == other or not (row % BLOCK or other % BLOCK)
 
 
@@ -231,8 +229,8 @@ def row_of_blocks(name: str, shared: Tensor, numel: int, per: int) -> int:
     elif shared.dim() == 1 and len(shared) == -(-numel // BLOCK) * each:
         return 0
     raise ValueError(
-        f"{name} has shape {tuple(shared.shape)}, must have {each} for each of {-(-numel // BLOCK)} blocks of "
-        f"{BLOCK}, or of the blocks of each row"
+        f"{name} has shape {tuple(shared.shape)}, must have {each} for each of {-(-numel // BLOCK)} blocks "
+        f"of {BLOCK}, or of the blocks of each row"
     )
 
 
@@ -312,7 +310,8 @@ def store_states(
         states: ``(numel,)`` float32 each, in the rule's order.
         maxima: As of `AbstractFormat.store`, those of all formats one after another, but for those of ratios.
         noise: Likewise.
-        given: Parts of some states, which are kept as they are; of a ratio only if what it is over is given too.
+        given: Parts of some states, which are kept as they are; of a ratio only if what it is over is given
+            too.
 
     Returns:
         dict: For each of the rule's states, by its number.

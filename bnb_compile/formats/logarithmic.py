@@ -2,11 +2,12 @@
 
 The bits of a positive float, read as an integer, are a piecewise linear logarithm to the base 2: exponent and
 mantissa are its digits. So the steps are equal in those bits, and neither a logarithm nor an exponential is
-computed. Code 0 is exactly 0, and every positive number has another code, whatever is next to it in the block.
+computed. Code 0 is exactly 0, and every positive number has another code, whatever is next to it in the
+block.
 
 Both ends are kept as bfloat16, rounded outwards. The steps are fine enough for one step of an average, but an
-average that moves by less than half of one, as a second moment with a large beta2 does, would stand still if it
-was rounded to nearest: it is rounded stochastically, which is unbiased within a binade, and above it errs
+average that moves by less than half of one, as a second moment with a large beta2 does, would stand still if
+it was rounded to nearest: it is rounded stochastically, which is unbiased within a binade, and above it errs
 upwards, by at most a few per cent with 8 bits.
 """
 
@@ -23,7 +24,8 @@ from .format import AbstractFormat
 
 _LOW_HALF = 0xFFFF  # of a float32, which a bfloat16 does not have
 _SMALLEST_NORMAL = 0x00800000
-#: No state is as large (state/checkpoint.py); subtracted from it, the least of positive numbers is the largest.
+#: No state is as large (state/checkpoint.py); subtracted from it, the least of positive numbers is the
+#: largest.
 _TOP = 0x7F000000
 
 

@@ -1,9 +1,9 @@
-"""A mean divided by the root of the mean of squares: what the formats named for a ratio store of a first moment.
+"""A mean divided by the root of the mean of squares: what some formats store of a first moment.
 
 Whatever the scales of the gradients in a block are, the ratio is of the order of 1: at most
-``(1 - beta1) / sqrt((1 - beta2) * (1 - beta1 ** 2 / beta2))`` by Cauchy's inequality, 7.3 for Adam's defaults,
-if ``beta1 ** 2 < beta2``. The divisor is the root of the second moment *as it is stored*, so that what is
-decoded needs nothing else, and a first moment that is not 0 has a second moment that is not 0.
+``(1 - beta1) / sqrt((1 - beta2) * (1 - beta1 ** 2 / beta2))`` by Cauchy's inequality, 7.3 for Adam's
+defaults, if ``beta1 ** 2 < beta2``. The divisor is the root of the second moment *as it is stored*, so that
+what is decoded needs nothing else, and a first moment that is not 0 has a second moment that is not 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 def roots(over: Tensor) -> tuple[Tensor, Tensor]:
-    """The root of a state as stored, and what a mean is multiplied by to be divided by it; 0 where it is 0."""
+    """The root of a state as stored, and what a mean is multiplied by to be divided by it."""
     per_root = torch.maximum(over, torch.full_like(over, _TINY)).rsqrt()
     return over * per_root, torch.where(over > 0, per_root, 0.0)
 
@@ -32,8 +32,6 @@ def most(decay: float, decay_over: float) -> float:
     Returns:
         float: Infinity if there is no bound, because the mean forgets too slowly.
     """
-    if decay_over <= decay**2:
-        return math.inf
-    if decay_over == 1:
+    if decay_over <= decay**2 or decay_over == 1:
         return math.inf
     return (1 - decay) / math.sqrt((1 - decay_over) * (1 - decay**2 / decay_over))

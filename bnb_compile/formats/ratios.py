@@ -1,8 +1,8 @@
 """Formats of Adam's two moments together: "ratio8", "ratio4_8" and "ratio4".
 
 A second moment has codes that are equal steps of its logarithm (logarithmic.py), a first moment is divided by
-the root of that and has linear codes (ratio.py, linear.py). A state that is neither, because the rule does not
-say of which squares it is the mean, keeps bitsandbytes' codes: Lion's and SGD's momentum, AdEMAMix's slow
+the root of that and has linear codes (ratio.py, linear.py). A state that is neither, because the rule does
+not say of which squares it is the mean, keeps bitsandbytes' codes: Lion's and SGD's momentum, AdEMAMix's slow
 moment, which forgets too slowly to be bounded.
 """
 
@@ -27,9 +27,7 @@ def _choose(
     states: Sequence[State], mean: AbstractFormat, squares: AbstractFormat, maximum: AbstractFormat
 ) -> tuple[Stored, ...]:
     names = [state.name for state in states]
-    of_squares = [
-        Stored(maximum if s.maximum else squares, k) for k, s in enumerate(states) if s.nonnegative
-    ]
+    of_squares = [Stored(maximum if s.maximum else squares, k) for k, s in enumerate(states) if s.nonnegative]
     means = [
         Stored(dynamic8.SIGNED, k) if s.over is None else Stored(mean, k, names.index(s.over))
         for k, s in enumerate(states)

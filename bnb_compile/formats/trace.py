@@ -50,8 +50,8 @@ def trace_format(of: AbstractFormat) -> TracedFormat:
     for part in of.of_blocks:
         if part.per != of.block or part.per < 32 or BLOCK % part.per:
             raise NotImplementedError(
-                f"{of.name}: {part.name} is shared by {part.per} elements, must be by as many as its others, a "
-                f"divisor of {BLOCK} of at least 32"
+                f"{of.name}: {part.name} is shared by {part.per} elements, must be by as many as its others, "
+                f"a divisor of {BLOCK} of at least 32"
             )
         if not part.dtype.is_floating_point:
             raise NotImplementedError(f"{of.name}: {part.name} is {part.dtype}, must be floating-point")
@@ -109,5 +109,7 @@ def check(stored: tuple[Stored, ...]) -> None:
         if one.over is not None and one.over not in passed:
             raise ValueError(f"{of.name} is over state {one.over}, which must be stored before it")
         if one.over is not None and (passed[one.over].tables or passed[one.over].ratio):
-            raise NotImplementedError(f"{of.name} is over {passed[one.over].name}, which has a table or is a ratio")
+            raise NotImplementedError(
+                f"{of.name} is over {passed[one.over].name}, which has a table or is a ratio"
+            )
         passed[one.state] = of

@@ -194,5 +194,6 @@ TRITON = Dialect(
 
 #: Triton in float64, for a rule's scalars.
 TRITON_DOUBLE = TRITON._replace(
-    operations=TRITON.operations | {"div": "{} / {}", "reciprocal": "1.0 / {}", "sqrt": "tl.sqrt({})", "rsqrt": "1.0 / tl.sqrt({})"}
+    operations=TRITON.operations
+    | {"div": "{} / {}", "reciprocal": "1.0 / {}", "sqrt": "tl.sqrt({})", "rsqrt": "1.0 / tl.sqrt({})"}
 )

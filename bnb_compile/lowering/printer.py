@@ -77,7 +77,8 @@ def _fuse(node: torch.fx.Node, dialect: Dialect) -> _Fused | None:
         return None
     operations = dialect.of(_dtype(node)).operations
     # a + b*c, b*c + a, a - b*c; of two products the first stays
-    for k in {aten.add.Tensor: (1, 0), aten.sub.Tensor: (1,)}.get(node.target, ()) if "fma" in operations else ():
+    sums: dict[Any, tuple[int, ...]] = {aten.add.Tensor: (1, 0), aten.sub.Tensor: (1,)}
+    for k in sums.get(node.target, ()) if "fma" in operations else ():
         product = _only_for(node, k, aten.mul.Tensor)
         if product is not None and node.args[0] is not node.args[1]:
             name = "fma" if node.target is aten.add.Tensor else "fnma"

@@ -201,8 +201,8 @@ class StepOp:
         """The states of which the parameter is given at once what rounding takes away of them.
 
         It would have come in the steps that follow, see `State.impulse`. Not where a trust ratio changes the
-        size of steps, nor where the parameter would be rounded to nearest, which loses what is given; and not of
-        codes of a table.
+        size of steps, nor where the parameter would be rounded to nearest, which loses what is given; and not
+        of codes of a table.
         """
         if modes.max_unorm or not (param_dtype == torch.float32 or modes.stochastic_round):
             return ()

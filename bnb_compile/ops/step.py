@@ -231,10 +231,12 @@ def update(op: StepOp, a: Arguments) -> None:
         maxima = None if totals is None else totals[k, 2:].float()
         fresh = _store(op, a, slot, states, active, e.usable, maxima, noise)
         for stored in op.compensated(op.modes(options), a.params[k].dtype):
-            of_state = fresh[stored.state]
+            impulse, of_state = op.rule.states[stored.state].impulse, fresh[stored.state]
+            assert impulse is not None and of_state.root is not None
             lost, root = slot.unpadded(of_state.lost), slot.unpadded(of_state.root)
-            param = param - s.step_size * op.rule.states[stored.state].impulse(lost * root, root, s)
+            param = param - s.step_size * impulse(lost * root, root, s)
         if options.stochastic_round:
+            assert random is not None
             param = round_bits(param.view(torch.int32), random).view(torch.float32)
         param = torch.where(e.usable, param, e.param)
         a.params[k].copy_(param.view(a.params[k].shape))

@@ -521,16 +521,16 @@ def _check_ratios(
             continue
         if not config.get("block_wise", True):
             raise ValueError(
-                f"block_wise=False, must be True where {state.name} is stored as a ratio ({one.format.name}): "
-                "each of its blocks has its own scale"
+                f"block_wise=False, must be True where {state.name} is stored as a ratio "
+                f"({one.format.name}), of which each block has its own scale"
             )
         (mean, decay), (squares, decay_over) = ((name, named[name]) for name in state.decays)
         if isinstance(decay, Tensor) or isinstance(decay_over, Tensor):
             continue
         if ratio.most(float(decay), float(decay_over)) == math.inf:
             raise ValueError(
-                f"{mean}={decay}, {squares}={decay_over}: must have {mean}**2 < {squares} where {state.name} is "
-                f"stored as its ratio to the root of {state.over} ({one.format.name}), which has no bound "
+                f"{mean}={decay}, {squares}={decay_over}: must have {mean}**2 < {squares} where {state.name} "
+                f"is stored as its ratio to the root of {state.over} ({one.format.name}), which has no bound "
                 'otherwise; states="dynamic8" takes any'
             )
 

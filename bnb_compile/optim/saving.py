@@ -125,8 +125,9 @@ def load_state_dict(optimizer: AbstractOptimizer, changes: Changes, state_dict: 
         read = read_state(rule, family.numbers_of(rule), key, local(param), own_part)
         # What is a view of the arenas must not change while they are written.
         entry = {k: x.clone() if _lies_in(x, own) else x for k, x in read.entry.items()}
-        norms = dict(gnorm=entry.get("gnorm_vec"), unorm=entry.get("unorm_vec"))
-        entries[param] = read._replace(entry=entry, **norms)
+        entries[param] = read._replace(
+            entry=entry, gnorm=entry.get("gnorm_vec"), unorm=entry.get("unorm_vec")
+        )
 
     norm = contents[0].pop(NORM, None)
     if norm is not None:
@@ -223,9 +224,7 @@ def precision_report(optimizer: AbstractOptimizer, changes: Changes) -> list[dic
     return report
 
 
-def _reason(
-    op: StepOp, chosen: str, config: dict[str, Any], overridden: set[str], param: Tensor
-) -> str:
+def _reason(op: StepOp, chosen: str, config: dict[str, Any], overridden: set[str], param: Tensor) -> str:
     """Why a parameter has states of so many bits."""
     if not op.stored:
         return "the algorithm keeps no states"

@@ -18,12 +18,12 @@ class State(NamedTuple):
         nonnegative: Whether it is a sum or mean of squares, or something else that is never negative.
         maximum: Whether it is the largest so far of something: it is never rounded stochastically, as the
             largest of noise grows.
-        over: Of a mean, the name of the state that is the mean of the squares of the same. Its root bounds the
-            mean if it forgets at most as fast as the square of the mean does, see `decays`.
+        over: Of a mean, the name of the state that is the mean of the squares of the same. Its root bounds
+            the mean if it forgets at most as fast as the square of the mean does, see `decays`.
         decays: Names of the hyperparameters that both keep: of this state, and of `over`.
-        impulse: ``(lost, root, scalars) -> direction``, elementwise: how far, in the unit of a rule's direction,
-            a part of the state would move the parameter in all the steps to come, `root` being that of `over`.
-            None if it cannot be said, or is not small.
+        impulse: ``(lost, root, scalars) -> direction``, elementwise: how far, in the unit of a rule's
+            direction, a part of the state would move the parameter in all the steps to come, `root` being
+            that of `over`. None if it cannot be said, or is not small.
     """
 
     name: str

@@ -241,7 +241,12 @@ def read_state(
     look = check and not backends.replaces_tensors()
     for k, state in enumerate(rule.states):
         name = f"state{k + 1}"
-        if name not in entry and find(entry, k + 1) is None or name in entry and not isinstance(entry[name], Tensor):
+        if (
+            name not in entry
+            and find(entry, k + 1) is None
+            or name in entry
+            and not isinstance(entry[name], Tensor)
+        ):
             raise ValueError(f"{where}: {name} ({state.name}) must be a tensor, got {entry.get(name)!r}")
         if name in entry and entry[name].shape != param.shape:
             raise ValueError(f"{where}: {name} ({state.name}) has shape {tuple(entry[name].shape)}")

@@ -329,7 +329,7 @@ def to_local(saved: Mapping[str, Any], param: Any, states: Sequence[State]) -> d
             if name not in whole and None in in_rows.values():
                 continue  # likewise
             if None not in in_rows.values() and (can_be_placed(param) or not in_rows):
-                whole |= in_rows  # type: ignore[arg-type]
+                whole |= in_rows
             else:  # blocks of which this process has parts
                 whole = {name: _decoded(saved, number, param, lead, states)}
                 entry = {key: x for key, x in entry.items() if key[len(stem_of(key)) :] != number}
@@ -360,7 +360,14 @@ def _is_placed(x: Any, param: Any, lead: int) -> bool:
 
 
 def _in_rows(shared: Tensor, param: Any, lead: int, each: int) -> Tensor | None:
-    """What blocks of a whole tensor share, with so many entries for each, in rows; None if it has other blocks."""
+    """What blocks of a whole tensor share, in rows; None if it has other blocks.
+
+    Args:
+        shared: It.
+        param: The parameter.
+        lead: Dimensions before those of the parameter.
+        each: Entries of a block.
+    """
     rows, row = param.shape[0] if param.dim() else 1, row_of(param)
     shape = (rows, -(-row // BLOCK) * each)
     if shared.shape[lead:] == shape:

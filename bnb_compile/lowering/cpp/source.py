@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from ...formats import BLOCK, Slot
-from ...ops.operator import Modes, Options, StepOp, kernel_arguments
 from ...formats.trace import trace_roots
+from ...ops.operator import Modes, Options, StepOp, kernel_arguments
 from ...ops.step import GRAD_LIMIT
 from ...rules.trace import trace_noise, trace_random_bits, trace_round_bits, trace_rule, trace_trust_ratio
 from .._inductor import pick_vec_isa

@@ -52,7 +52,8 @@ def print_formats(op: StepOp, modes: Modes, fast: bool, compensated: Sequence[St
         op: The step operator.
         modes: What it is compiled for.
         fast: Whether NVIDIA's instructions are used.
-        compensated: The states of which `store_states` returns what is lost of each, and the root that it is over.
+        compensated: The states of which `store_states` returns what is lost of each, and the root that it is
+            over.
     """
     unpack = [
         f"{name} = arenas[{k}]" for k, name in enumerate([*(r.name for r in arena_rows(op)), *tables(op)])
@@ -128,7 +129,9 @@ class _Printed:
         """Statements that define the state."""
         numbers = [self._grouped(self._load(part)) for part in self.format.of_elements]
         shared = [
-            self._spread(f"tl.load({self._row(part)} + {self._entries()}, {self._whole()}, 0.0).to(tl.float32)")
+            self._spread(
+                f"tl.load({self._row(part)} + {self._entries()}, {self._whole()}, 0.0).to(tl.float32)"
+            )
             for part in self.format.of_blocks
         ]
         decoded = self._flat(f"{self._call('decode', [*numbers, *shared])}[0]")

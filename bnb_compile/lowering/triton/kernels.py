@@ -158,7 +158,7 @@ def store_nibbles(codes, row, block, whole):
 
 @triton.jit
 def block_maxima(x, of_parameter, b):
-    """The largest of each block, (TILE,), or group, (TILE, GROUPS); or what was found of the whole parameter."""
+    """The largest of each block, (TILE,), or group, (TILE, GROUPS); or that of the whole parameter."""
     if of_parameter is None:
         # Of numbers that are not negative the bits have the same order, and a warp has an instruction for it.
         bits = tl.max(x.to(tl.int32, bitcast=True), len(x.shape) - 1)
