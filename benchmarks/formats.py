@@ -8,8 +8,8 @@
 are from where they would be, relative to how far they have gone; the largest step of any element, in learning
 rates; and the sum of the second moments over what it should be. `train` trains small models with the same
 weights and batches for every format, and `report` gives the difference of the validation loss from float32's,
-paired by seed, with its standard error. Each finished part is a line of --out. `--quick` is a form of minutes.
-torchao's optimizers take part where it is installed.
+paired by seed, with its standard error. Each finished part is a line of --out. `--quick` is a form of
+minutes. torchao's optimizers take part where it is installed.
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ TASKS = {
 
 
 def train(task: Task, name: str, seed: int, steps: int, quick: bool) -> dict[str, Any]:
-    """Train once; the result is the mean of the last five evaluations of the validation loss, and the curve."""
+    """Train once: the mean of the last five evaluations of the validation loss, and the curve."""
     torch.manual_seed(seed)
     model = task.make(quick).to(task.dtype)
     draw, validation = task.data(quick)
@@ -365,7 +365,7 @@ def report(path: Path) -> Iterator[str]:
             yield f"| {name} | {len(own)} | {loss:.4f} | {difference} | {spread} |"
     for result in results:
         if result["part"] == "time":
-            yield f"\nA step of {result['elements']:,} elements, {result['threads']} thread(s), milliseconds\n"
+            yield f"\nA step of {result['elements']:,} elements, {result['threads']} threads, milliseconds\n"
             yield from (f"- {name}: {ms:.2f}" for name, ms in result["ms"].items())
 
 

@@ -1,6 +1,8 @@
 """Continue a run of ``torch.optim`` here, or one from here there.
 
-AdamW, Adam without weight decay, SGD, RMSprop and Adagrad have counterparts on both sides.
+AdamW, Adam without weight decay, SGD, RMSprop and Adagrad have counterparts on both sides. States may be
+quantised tensors that can be dequantised, as those of torchao's optimizers, which in turn load what
+`to_torch` returns, and keep it in float32.
 """
 
 from __future__ import annotations
@@ -114,8 +116,14 @@ def _state_from_torch(rule: Rule, state: dict[str, Any]) -> dict[str, Any]:
     for k, kind in enumerate(rule.states, 1):
         if not isinstance(state.get(kind.name), Tensor):
             raise ValueError(f"{kind.name} must be a tensor, got {state.get(kind.name)!r}")
-        entry[f"state{k}"] = state[kind.name].float()
+        entry[f"state{k}"] = _dense(state[kind.name]).float()
     return entry
+
+
+def _dense(x: Tensor) -> Tensor:
+    """An ordinary tensor, or a DTensor, in the place of a quantised one such as torchao's."""
+    quantised = type(x) is not Tensor and not is_sharded(x) and hasattr(x, "dequantize")
+    return x.dequantize() if quantised else x
 
 
 def _state_to_torch(rule: Rule, state: dict[str, Any], param: Tensor) -> dict[str, Any]:

@@ -445,7 +445,7 @@ INVALID_HYPER = [
 ]
 #: Only the constructor has these.
 INVALID_OPTIONS = [
-    ("Adam", dict(optim_bits=4), "optim_bits: 4.*8 or 32"),
+    ("Adam", dict(optim_bits=5), "optim_bits: 5.*4, 8 or 32"),
     ("Adam", dict(optim_bits=8.5), "optim_bits: 8.5"),
     ("Adam", dict(optim_bits="many"), "optim_bits: 'many'"),
     ("Adam", dict(optim_bits=None), "optim_bits: None"),
@@ -466,7 +466,7 @@ INVALID_OPTIONS = [
     ("Adam", dict(max_grad_norm="x"), "max_grad_norm: 'x'"),
     ("Adam", dict(amp_fused="x"), "amp_fused: 'x'"),
     ("PagedAdam", dict(is_paged=False), "PagedAdam: is_paged=False, must be True"),
-    ("Adam", dict(args=SimpleNamespace(optim_bits=4)), "optim_bits: 4"),
+    ("Adam", dict(args=SimpleNamespace(optim_bits=5)), "optim_bits: 5"),
     ("Adam", dict(args=SimpleNamespace(percentile_clipping=-5)), "percentile_clipping: -5"),
     ("LARS", dict(lr=0.1, momentum=1.0), "index 0: 1.0"),
     ("LARS", dict(lr=0.1, nesterov=True), "Nesterov.*momentum=0"),

@@ -271,8 +271,9 @@ class Changes(OpaqueBase):
 
     def _write(self, k: int, source: Source) -> None:
         values = self._values(source)
-        for bucket, rows in source.rows:
+        for bucket, _ in source.rows:
             _check_ratios(bucket.op.rule, bucket.op.stored, {}, values)
+        for bucket, rows in source.rows:
             bucket.hyper.write(k, rows, values)
         self._written[k] = _key(values)
 
