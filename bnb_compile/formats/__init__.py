@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..rules import State
-from . import bfloat16, dynamic8, float32, ratios
+from . import bfloat16, dynamic8, float8, float32, ratios
 from .arena import ALIGN as ALIGN
 from .arena import BLOCK as BLOCK
 from .arena import Geometry as Geometry
@@ -39,6 +39,7 @@ FORMATS: Mapping[str, Choice] = {
     "bfloat16": Choice(16, bfloat16.choose),
     "dynamic8": Choice(8, dynamic8.choose),
     "dynamic8sr": Choice(8, dynamic8.choose_stochastic),
+    "float8": Choice(8, float8.choose),
     "ratio8": Choice(8, ratios.choose8),
     "ratio4_8": Choice(6, ratios.choose4_8),
     "ratio4": Choice(4, ratios.choose4),
@@ -47,6 +48,8 @@ FORMATS: Mapping[str, Choice] = {
 _KNOWN: tuple[AbstractFormat, ...] = (
     float32.FLOAT32,
     bfloat16.BFLOAT16,
+    float8.E4M3,
+    float8.E5M2,
     dynamic8.SIGNED,
     ratios.LOG8,
     ratios.LOG4,

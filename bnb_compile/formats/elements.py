@@ -35,9 +35,9 @@ class Elements(AbstractFormat):
         return [state]
 
     def is_in(self, saved: Mapping[str, Any], number: int) -> bool:
-        """See `AbstractFormat`; any floating-point dtype is read."""
+        """See `AbstractFormat`; any floating-point dtype is read but those of 8 bits, which need a scale."""
         values = saved.get(f"state{number}")
-        return isinstance(values, Tensor) and values.is_floating_point()
+        return isinstance(values, Tensor) and values.is_floating_point() and values.dtype.itemsize > 1
 
     def parts_of(
         self, saved: Mapping[str, Any], number: int, numel: int, row: int = 0

@@ -205,6 +205,8 @@ class AbstractFormat:
                         raise ValueError(f"{name} has negative numbers, the least is {x.min().item()}")
             elif x.numel() != numel:
                 raise ValueError(f"{name} has shape {tuple(x.shape)}, must be of {numel} elements")
+            elif part.dtype.is_floating_point:
+                check_finite(name, x)
             parts[part.name] = x.reshape(-1)
         return parts, row
 
@@ -221,6 +223,8 @@ def row_of_blocks(name: str, shared: Tensor, numel: int, per: int) -> int:
         ValueError: If it is not of so many elements.
     """
     each = BLOCK // per
+    if not numel and not shared.numel():  # of a process without any rows
+        return 0
     if shared.dim() == 2:
         rows, entries = shared.shape
         row = numel // max(rows, 1)

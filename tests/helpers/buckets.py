@@ -252,7 +252,9 @@ def assert_close(op: StepOp, actual: Bucket, expected: Bucket, rate: float = 1e-
             a = torch.where(apart, e, a)
         torch.testing.assert_close(a, e, rtol=allowed, atol=least)
     for arena, a, e in zip(op.arenas, actual.arenas, expected.arenas, strict=True):
-        if arena.part.dtype in (torch.uint8, torch.int8):
+        if arena.part.dtype.itemsize == 1:
+            if arena.part.dtype.is_floating_point:
+                a, e = a.view(torch.uint8), e.view(torch.uint8)
             unpacked = arena.part.unpacked if arena.part.packed else Tensor.int
             apart = (unpacked(a) - unpacked(e)).abs()
             assert apart.numel() == 0 or apart.max() <= 1, f"{arena.name}: {apart.max()} codes apart"
@@ -267,6 +269,7 @@ def assert_close(op: StepOp, actual: Bucket, expected: Bucket, rate: float = 1e-
 
 OTHER_FORMATS = [
     ("adam", "dynamic8sr"),
+    ("adam", "float8"),
     ("adam", "ratio8"),
     ("adam", "ratio4_8"),
     ("adam", "ratio4"),

@@ -21,6 +21,8 @@ TYPES = {
     torch.float64: "double",
     torch.uint8: "uint8_t",
     torch.int8: "int8_t",
+    torch.float8_e4m3fn: "at::Float8_e4m3fn",
+    torch.float8_e5m2: "at::Float8_e5m2",
     torch.int64: "int64_t",
     torch.bfloat16: "at::BFloat16",
     torch.float16: "at::Half",

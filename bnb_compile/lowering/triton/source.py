@@ -29,6 +29,8 @@ TYPES = {
     torch.float64: "fp64",
     torch.uint8: "u8",
     torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int32: "i32",

@@ -12,6 +12,8 @@ LANGUAGE = {
     torch.bfloat16: "tl.bfloat16",
     torch.float16: "tl.float16",
     torch.int8: "tl.int8",
+    torch.float8_e4m3fn: "tl.float8e4nv",
+    torch.float8_e5m2: "tl.float8e5",
     torch.uint8: "tl.uint8",
 }
 
