@@ -81,7 +81,7 @@ def _cases() -> dict[str, tuple[StepOp, Modes, torch.dtype, torch.dtype]]:
     steps = {name: (adam(bits), Modes(), *dtypes) for name, (bits, *dtypes) in zip(NAMES, KINDS)}
     steps["adam_step_bfloat16"] = (adam(16), Modes(), torch.bfloat16, torch.float32)
     rules = [op for (name, bits), op in STEP_OPS.items() if bits == 8 and name != "adam"]
-    # The interpreter rounds to float8 otherwise than a GPU: what is below its normal numbers is lost.
+    # The interpreter of Triton 3.7 loses a carry where it rounds to float8: 1.97 becomes 1.0.
     rules += [op for (_, format), op in OTHER_OPS.items() if format != "float8"]
     for op, (_, *dtypes) in zip(rules, itertools.cycle(KINDS[:2] + KINDS[3:])):
         steps[op.name] = (op, Modes(), *dtypes)
