@@ -32,7 +32,7 @@ from bnb_compile.optim import AdamW
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-OURS = ("float32", "dynamic8", "dynamic8sr", "ratio8", "ratio4_8", "ratio4")
+OURS = ("float32", "dynamic8", "dynamic8sr", "float8", "ratio8", "ratio4_8", "ratio4")
 PEERS = ("torchao 8", "torchao fp8", "torchao 4")
 BLOCK = 256
 

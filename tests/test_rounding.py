@@ -74,7 +74,7 @@ def low_bits(count, step):
 
 def high_bits(count, step):
     """The 16 bits that decide about states."""
-    return (noise_of(random_bits(*numbered(count, step))) * 65536).int()
+    return ((noise_of(random_bits(*numbered(count, step))) - 1) * 65536).int()
 
 
 def numbered(count, step):
@@ -88,9 +88,9 @@ def test_a_number_is_rounded_up_where_the_random_number_and_its_rest_carry():
     assert torch.equal(up, low_bits(2**16, 7) + rest >= 2**16)
 
 
-def test_noise_is_at_least_0_and_below_1():
+def test_noise_is_at_least_1_and_below_2():
     noise = noise_of(torch.tensor([0, -1, 0x7FFFFFFF, -(2**31), 0xFFFF], dtype=torch.int32))
-    assert torch.equal(noise, torch.tensor([0.0, 65535 / 65536, 32767 / 65536, 0.5, 0.0]))
+    assert torch.equal(noise - 1, torch.tensor([0.0, 65535 / 65536, 32767 / 65536, 0.5, 0.0]))
 
 
 def chi_square(counts):

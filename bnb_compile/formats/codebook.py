@@ -142,7 +142,7 @@ def stochastic(a: Tensor, noise: Tensor) -> Tensor:
 
     Args:
         a: Numbers times ``1 / absmax`` of the unsigned map, float32, any shape.
-        noise: Uniform in [0, 1).
+        noise: Uniform in [1, 2).
     """
     zero, lowest, *higher, one = SEGMENTS[False]
     first, end = torch.ones_like(a), torch.full_like(a, float(lowest.last))
@@ -164,7 +164,7 @@ def stochastic(a: Tensor, noise: Tensor) -> Tensor:
     )
     before = torch.where(first > 1, before * (2 / 3), -before)
     after = torch.where(end < below.last, after * (-2 / 3), after)
-    code = torch.floor(place + before + after + noise)
+    code = torch.floor(place + before + after + (noise - 1.0))
     place = torch.where(code < first, first - 0.1, code + 0.5)
     place = torch.where(code > end, torch.where(end < below.last, end + 3.5, end + 1.0), place)
     return torch.where(a > 0, (place - start) / slope, 0.0)

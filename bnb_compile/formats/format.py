@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..rules import NEAREST
 from .arena import BLOCK, Part, layout
 from .ratio import roots
 from .table import AbstractTable
@@ -73,7 +74,7 @@ class AbstractFormat:
         Args:
             state: The state.
             shared: As of `decode`.
-            noise: Uniform in [0, 1), if the format is `random`; 0.5 rounds to nearest.
+            noise: Uniform in [1, 2), if the format is `random`; NEAREST rounds to nearest.
         """
         raise NotImplementedError
 
@@ -108,7 +109,7 @@ class AbstractFormat:
         )
 
     def store(
-        self, state: Tensor, maxima: Sequence[Tensor] | None = None, noise: Tensor | float = 0.5
+        self, state: Tensor, maxima: Sequence[Tensor] | None = None, noise: Tensor | float = NEAREST
     ) -> dict[str, Tensor]:
         """The reverse of `load`; the only encoder, apart from the kernels that are printed from it.
 
@@ -304,7 +305,7 @@ def store_states(
     stored: Sequence[Stored],
     states: Sequence[Tensor],
     maxima: Sequence[Tensor] | None = None,
-    noise: Tensor | float = 0.5,
+    noise: Tensor | float = NEAREST,
     given: Mapping[int, dict[str, Tensor]] = MappingProxyType({}),
 ) -> dict[int, Fresh]:
     """The reverse of `load_states`.
@@ -333,7 +334,7 @@ def store_states(
         if one.state in given and (one.over is None or one.over in given):
             parts = given[one.state]
         else:
-            parts = one.format.store(x, of_format, noise if one.format.random else 0.5)
+            parts = one.format.store(x, of_format, noise if one.format.random else NEAREST)
         kept = one.format.load(parts, x.numel())
         fresh[one.state] = Fresh(parts, kept if root is None else kept * root, x - kept, root)
     return fresh

@@ -85,5 +85,5 @@ class Logarithmic(AbstractFormat):
         low, step = self._scale(shared)
         per_unit = torch.maximum(step, torch.ones_like(step)).float().reciprocal()
         above = (state.view(torch.int32) - low).float()
-        code = ((above * per_unit + noise).to(torch.int32) + 1).clamp(1, self.last)
+        code = (above * per_unit + noise).to(torch.int32).clamp(1, self.last)
         return [torch.where(state > 0, code, torch.zeros_like(code))]

@@ -38,7 +38,7 @@ from torch import Tensor
 from .. import backends
 from ..formats import BLOCK, FORMATS, Fresh, Slot, Stored, load_states, store_states
 from ..formats.trace import check
-from ..rules import Rule, noise_of, random_bits, round_bits, trust_ratio
+from ..rules import NEAREST, Rule, noise_of, random_bits, round_bits, trust_ratio
 from ..rules.trace import trace_rule
 from .library import define
 from .operator import Arguments, Options, StepOp, kernel_arguments
@@ -138,7 +138,7 @@ def _store(
         op.stored,
         [slot.padded(x) for x in states],
         of_parameter,
-        0.5 if noise is None else slot.padded(noise),
+        NEAREST if noise is None else slot.padded(noise),
     )
     for stored in op.stored:
         views = parts_of(op, a.arenas, stored, slot)

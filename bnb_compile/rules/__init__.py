@@ -9,6 +9,7 @@ from .lamb import LAMB as LAMB
 from .lamb import LAMB_AMSGRAD as LAMB_AMSGRAD
 from .lion import LION as LION
 from .rmsprop import RMSPROP as RMSPROP
+from .rounding import NEAREST as NEAREST
 from .rounding import noise_of as noise_of
 from .rounding import random_bits as random_bits
 from .rounding import round_bits as round_bits

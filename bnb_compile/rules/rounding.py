@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+#: The noise that rounds to nearest.
+NEAREST = 1.5
+
 
 def _signed(bits: int) -> int:
     """32 bits as an int32."""
@@ -52,7 +55,6 @@ def round_bits(bits: Tensor, random: Tensor) -> Tensor:
 
 
 def noise_of(random: Tensor) -> Tensor:
-    """A number in [0, 1), float32, from `random_bits`, of whose low half it is independent."""
-    # Behind the point of a float32 between 1 and 2.
+    """A number in [1, 2), float32, from `random_bits`, of whose low half it is independent."""
     mantissa = torch.bitwise_and(torch.bitwise_right_shift(random, 9), 0x7FFF80)
-    return (mantissa + 0x3F800000).view(torch.float32) - 1.0
+    return (mantissa + 0x3F800000).view(torch.float32)

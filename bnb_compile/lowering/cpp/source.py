@@ -12,6 +12,7 @@ from ...formats import BLOCK, Slot
 from ...formats.trace import trace_roots
 from ...ops.operator import Modes, Options, StepOp, kernel_arguments
 from ...ops.step import GRAD_LIMIT
+from ...rules import NEAREST
 from ...rules.trace import trace_noise, trace_random_bits, trace_round_bits, trace_rule, trace_trust_ratio
 from .._inductor import pick_vec_isa
 from ..dialects import C_DOUBLE, C_FAST, C_VECTOR
@@ -89,7 +90,7 @@ def _print_modes(modes: Modes) -> str:
     flags = {**modes._asdict(), "needs_totals": modes.needs_totals}
     return "\n".join(
         [
-            f"constexpr float GRAD_LIMIT = {GRAD_LIMIT!r}f;",
+            f"constexpr float GRAD_LIMIT = {GRAD_LIMIT!r}f, NEAREST = {NEAREST!r}f;",
             *(f"constexpr bool {name.upper()} = {str(on).lower()};" for name, on in flags.items()),
             "inline double trust_ratio(double max_unorm, double param_norm, double update_norm) {",
             *_indented([*lines, f"return {ratio};"]),

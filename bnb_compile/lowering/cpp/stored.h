@@ -145,7 +145,7 @@ struct Stored {
     inline void keep(int group, int i, const V& state) {
       if constexpr (AT_ONCE) {
         AllNumbers numbers;
-        F::encode(state, shared[0], V(0.5f), numbers);
+        F::encode(state, shared[0], V(NEAREST), numbers);
         store(numbers, i, PARTS);
       } else {
         state.store(buffer.fresh + i);
@@ -179,7 +179,7 @@ struct Stored {
             for (int i = g; i < g + GROUP; i += LANES) {
               const V fresh = V::loadu(buffer.fresh + i);
               AllNumbers numbers;
-              F::encode(fresh, now, RANDOM ? noise(i) : V(0.5f), numbers);
+              F::encode(fresh, now, RANDOM ? noise(i) : V(NEAREST), numbers);
               store(numbers, i, PARTS);
               if constexpr (KEPT || COMPENSATED) numbers = rounded(numbers, PARTS);
               if constexpr (KEPT) kept(i, F::decode(numbers, now));
@@ -222,7 +222,7 @@ struct Stored {
       const auto number = [&](auto part) {
         return [&](int i) {
           AllNumbers numbers;
-          F::encode(V::loadu(buffer.fresh + i), shared[i / GROUP], RANDOM ? noise(i) : V(0.5f), numbers);
+          F::encode(V::loadu(buffer.fresh + i), shared[i / GROUP], RANDOM ? noise(i) : V(NEAREST), numbers);
           return std::get<decltype(part)::value>(numbers);
         };
       };

@@ -13,6 +13,7 @@ from ...formats.dynamic8 import DynamicTable
 from ...formats.table import AbstractTable
 from ...formats.trace import numbers_of, trace_code, trace_format, trace_roots, zero_of
 from ...ops.operator import Modes, StepOp
+from ...rules import NEAREST
 from ..dialects import TRITON
 from ..printer import write
 from .text import LANGUAGE, function, tuple_of
@@ -72,7 +73,7 @@ def print_formats(op: StepOp, modes: Modes, fast: bool, compensated: Sequence[St
             measures += printed.measures(maximum)
             maximum += stored.format.maxima
     states = [state.name for state in op.rule.states]
-    noise = ["noise = noise_of(random)[0]"] if op.random else ["noise = 0.5"]
+    noise = ["noise = noise_of(random)[0]"] if op.random else []
     return "\n".join(
         [
             *(_print_code(table) for table in _tables(op)),
@@ -164,7 +165,7 @@ class _Printed:
             for k, part in enumerate(self.format.of_blocks):
                 lines.append(f"tl.store({self._row(part)} + {self._entries()}, shared[{k}], {self._whole()})")
             shared = [self._spread(f"shared[{k}]") for k in range(len(self.shared))]
-        noise = self._grouped("noise") if self.format.random else "0.5"
+        noise = self._grouped("noise") if self.format.random else str(NEAREST)
         lines.append(f"numbers = {self._call('encode', ['x', *shared, noise])}")
         for k, part in enumerate(self.format.of_elements):
             lines.append(self._store(part, k))
