@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/
 # The kernels of the last time are found by their text.
 KEEP := --keep-kernels=build/kernels
 
-.PHONY: help train distributed finetune export test quick check integrations matrix slow bench contract clean
+.PHONY: help train distributed finetune export test quick check integrations matrix slow bench contract formats clean
 
 help:
 	@echo "make train   train a small GPT with 8-bit AdamW, beside 32-bit AdamW"
@@ -19,6 +19,7 @@ help:
 	@echo "make matrix  the core of the tests with torch 2.11 and 2.15"
 	@echo "make slow    the tests that take minutes"
 	@echo "make bench   time the optimizer step beside torch, bitsandbytes and torchao"
+	@echo "make formats  how near each format of states is to float32: displacement, training, time (hours; goes on)"
 	@echo "make contract  count compiles, graph breaks and host syncs of 16 training loops, beside theirs"
 
 # Each set of extras is installed once, until pyproject.toml or the constraints change.
@@ -69,6 +70,9 @@ check: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-peers
 	$(RUN)python benchmarks/step.py $(ARGS)
+
+formats: $(VENV)/.installed-peers $(VENV)/.installed-examples
+	$(RUN)python benchmarks/formats.py $(ARGS)
 
 contract: $(VENV)/.installed-peers
 	$(RUN)python benchmarks/contract.py $(ARGS)
