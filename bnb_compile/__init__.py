@@ -5,4 +5,8 @@ from . import devices as devices
 from . import export as export
 from . import functional as functional
 from . import optim as optim
+from .explain import explain as explain
+from .optim.own import optimizer as optimizer
 from .optim.percentile import PercentileClipper as PercentileClipper
+from .rules import Rule as Rule
+from .rules import State as State

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 
-def number(name: str, value: Any, below: float = math.inf) -> Any:
+def number(name: str, value: Any, below: float = math.inf, least: float = 0.0) -> Any:
     """A hyperparameter, with a numeric string as a float.
 
     Raises:
-        ValueError: If it is no number, or not in ``[0, below)``.
+        ValueError: If it is no number, or not in ``[least, below)``.
     """
     mistake = f"Invalid {name}: {value!r}, must be a number or a tensor with one element"
     if isinstance(value, Tensor):
@@ -28,8 +28,8 @@ def number(name: str, value: Any, below: float = math.inf) -> Any:
                 f"Invalid {name}: a whole number of {len(str(value))} digits is too large"
             ) from None
         value = as_float if isinstance(value, str) else value
-    if not 0.0 <= value < below:  # also for NaN
-        raise ValueError(f"Invalid {name}: {value}, must be in [0, {below})")
+    if not least <= value < below:  # also for NaN
+        raise ValueError(f"Invalid {name}: {value}, must be in [{least:g}, {below})")
     return value
 
 

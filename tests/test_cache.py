@@ -41,7 +41,7 @@ hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["aut
 
 Launcher(op, Arguments.of(through_launch, {}))(through_launch[1], torch.float32)
 results = [[round(a[0][0][0].item(), 4), a[3].item()] for a in (through_inductor, through_launch)]
-print(json.dumps(dict(results=results, hits=hits, file=op.rule.update.__code__.co_filename)))
+print(json.dumps(dict(results=results, hits=hits, file=op.rule.direction.__code__.co_filename)))
 """
 
 

@@ -44,6 +44,30 @@ FORMATS: Mapping[str, Choice] = {
     "ratio4_8": Choice(6, ratios.choose4_8),
     "ratio4": Choice(4, ratios.choose4),
 }
+
+
+def stored_as(name: str, states: Sequence[State]) -> tuple[Stored, ...]:
+    """How the states of a rule are stored in a format, but for those that demand another one."""
+    own = {k: state.format for k, state in enumerate(states) if state.format is not None}
+    for k, of_state in own.items():
+        if of_state not in FORMATS:
+            raise ValueError(f"state {states[k].name}: format={of_state!r}, must be one of {sorted(FORMATS)}")
+    # A ratio needs what it is over in the format that goes with it.
+    free = [
+        state._replace(over=None, decays=None, impulse=None)
+        if state.over in [states[k].name for k in own]
+        else state
+        for state in states
+    ]
+    chosen = FORMATS[name].choose(free)
+    return tuple(
+        FORMATS[own[one.state]].choose([free[one.state]._replace(over=None)])[0]._replace(state=one.state)
+        if one.state in own
+        else one
+        for one in chosen
+    )
+
+
 #: All that an entry of a checkpoint can be in, see `find`.
 _KNOWN: tuple[AbstractFormat, ...] = (
     float32.FLOAT32,

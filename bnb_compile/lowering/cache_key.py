@@ -27,7 +27,7 @@ def operator_hash(op: StepOp) -> str | None:
     """Hash of what an operator has from outside of this package; None if nothing."""
     package = __name__.partition(".")[0] + "."
     texts: list[str] = []
-    if not op.rule.scalars.__module__.startswith(package):
+    if not op.rule.own_function.__module__.startswith(package):
         texts += map(str, (op.rule.hyper._fields, op.rule.states, *trace_rule(op.rule)))
     for stored in op.stored:
         if not type(stored.format).__module__.startswith(package):

@@ -159,12 +159,14 @@ class StepOp:
 
     rule: Rule
     stored: tuple[Stored, ...]
+    revision: int = 0  # of a rule that has been defined several times
 
     @property
     def name(self) -> str:
         """Name of the functional operator; the one in place has a trailing underscore."""
         names = dict.fromkeys(stored.format.name for stored in self.stored)
-        return "_".join([self.rule.name, "step", *names])
+        again = [f"again{self.revision}"] if self.revision else []
+        return "_".join([self.rule.name, *again, "step", *names])
 
     @property
     def arenas(self) -> tuple[Arena, ...]:

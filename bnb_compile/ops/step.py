@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..formats import BLOCK, FORMATS, Fresh, Slot, Stored, load_states, store_states
+from ..formats import BLOCK, FORMATS, Fresh, Slot, Stored, load_states, store_states, stored_as
 from ..formats.trace import check
 from ..rules import NEAREST, Rule, noise_of, random_bits, round_bits, trust_ratio
 from ..rules.trace import trace_rule
@@ -171,7 +171,7 @@ def _elements(op: StepOp, a: Arguments, k: int, slot: Slot, steps: Tensor) -> _E
     usable = grad.abs() < GRAD_LIMIT
     if a.options.skip_zeros:
         usable &= grad != 0
-    scalars = op.rule.scalars(op.rule.hyper(*a.hyper[k]), steps.double())
+    scalars = op.rule.shared(op.rule.hyper(*a.hyper[k]), steps.double())
     param = a.params[k].reshape(-1).float()
     return _Element(param, grad, _load(op, a.arenas, slot), usable, scale.isfinite(), scalars)
 
@@ -246,6 +246,10 @@ def _squares(x: Tensor) -> Tensor:
     return x.double().square().sum()
 
 
+#: By name, in the order in which they were defined: torch does not forget an operator.
+_RULES: dict[str, list[Rule]] = {}
+
+
 @functools.cache
 def step_op(rule: Rule, format: str | tuple[Stored, ...]) -> StepOp:
     """The step operator of a rule, registered with torch when it is first asked for.
@@ -261,10 +265,13 @@ def step_op(rule: Rule, format: str | tuple[Stored, ...]) -> StepOp:
     if isinstance(format, str):
         if format not in FORMATS:
             raise ValueError(f"Invalid format: {format!r}, must be one of {sorted(FORMATS)}")
-        return step_op(rule, FORMATS[format].choose(rule.states))
+        return step_op(rule, stored_as(format, rule.states))
     trace_rule(rule)  # checks it
     check(format)
-    op = StepOp(rule, format)
+    of_name = _RULES.setdefault(rule.name, [])
+    if rule not in of_name:
+        of_name.append(rule)
+    op = StepOp(rule, format, of_name.index(rule))
     _register(op)
     return op
 

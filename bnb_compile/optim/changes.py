@@ -52,7 +52,7 @@ from torch._library.opaque_object import MemberType, register_opaque_type
 from torch._opaque_base import OpaqueBase
 
 from .. import backends
-from ..formats import FORMATS, Stored, ratio
+from ..formats import Stored, ratio, stored_as
 from ..ops.operator import Modes
 from ..ops.step import step_op
 from ..rules import Rule
@@ -362,7 +362,7 @@ class Changes(OpaqueBase):
         """
         config = self.config(group, None, {})
         rule = self.optimizer.family.rule(config)
-        stored = FORMATS[config["states"] or OF_BITS[config["optim_bits"]]].choose(rule.states)
+        stored = stored_as(config["states"] or OF_BITS[config["optim_bits"]], rule.states)
         if any(one.over is not None for one in stored):
             _check_ratios(rule, stored, config, self.optimizer.family.hyper(config))
 
@@ -373,6 +373,11 @@ class Changes(OpaqueBase):
             _check_release(optimizer)
         rule = optimizer.family.rule(config)
         op = step_op(rule, format_of(config, param.numel(), has_blocks(param)))
+        if rule.has_update and config["max_unorm"] > 0:
+            raise ValueError(
+                f"max_unorm={config['max_unorm']}, must be 0: rule {rule.name} has an update, no "
+                "part of which is a direction that a trust ratio could measure"
+            )
         clipped = config["percentile_clipping"] < 100
         stochastic = optimizer.bf16_stochastic_round and param.dtype == torch.bfloat16
         if op.has_ratios:
@@ -418,7 +423,7 @@ class Changes(OpaqueBase):
                 param,
                 kind,
                 _numbers(family.numbers_of(kind.op.rule), kind.op.stored),
-                tuple(map(float, family.initial(config))),
+                family.initial(config),
                 float(config["max_unorm"]),
                 config["percentile_clipping"],
                 geometry_of(param, numbers[id(param)], kind.modes.rows) if placed else None,

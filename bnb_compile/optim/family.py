@@ -22,12 +22,13 @@ class Family:
         name: bitsandbytes' `optimizer_name`.
         moments: 1 or 2, states of an element in bitsandbytes: the base is `Optimizer1State` or `...2State`.
         rule: The rule that a group asks for.
-        betas: Names of the entries of ``group["betas"]``. They are fields of the rule's hyperparameters; as
-            keys of a group they take the place of the entry.
+        betas: Names of the entries of ``group["betas"]``; none if groups have no such key. They are fields of
+            the rule's hyperparameters; as keys of a group they take the place of the entry.
         extras: Further keys of a group, with their defaults; flags have a bool.
         check: Raises ValueError for values that do not go together.
         unused: Which of `betas` and `eps` the algorithm does not have.
-        initial: What the states of a group's parameters begin with; zeros by default.
+        initial: What the states of a group's parameters begin with, see `State.initial`; zeros by default.
+        least: The smallest value that an extra may have.
         numbers: Which states of the rule stand under each number in bitsandbytes' keys (`state1`, `state2`,
             ...); by default each state has a number of its own.
     """
@@ -39,7 +40,8 @@ class Family:
     extras: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Group], None] = lambda group: None
     unused: tuple[str, ...] = ()
-    initial: Callable[[Group], tuple[float, ...]] = lambda group: ()
+    initial: Callable[[Group], tuple[float | str, ...]] = lambda group: ()
+    least: float = 0.0
     numbers: tuple[tuple[int, ...], ...] = ()
 
     def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,6 +50,8 @@ class Family:
         What a schedule of momentum may change is found there by torch's schedulers: ``betas``, of which they
         take the first, or ``momentum``.
         """
+        if not self.betas:
+            return dict(given)
         if self.betas[0] in ("beta1", "momentum") and "betas" not in self.unused:
             return dict(given)
         rest = {key: value for key, value in given.items() if key != "betas"}
@@ -63,7 +67,7 @@ class Family:
         Raises:
             ValueError: If the group has no such value, or not as many betas as the algorithm.
         """
-        betas = group.get("betas", ())
+        betas = group.get("betas", ()) if self.betas else ()
         if len(betas) != len(self.betas):
             raise ValueError(f"Invalid betas: {betas!r}, must be {len(self.betas)} numbers: {self.betas}")
         values = {**dict(zip(self.betas, betas)), **group}
@@ -76,7 +80,7 @@ class Family:
     def is_complete(self, group: Group) -> bool:
         """Whether a group has all that `hyper` reads; it may be in the middle of a change."""
         present = {*group, *self.betas}
-        return "betas" in group and present.issuperset(self.rule(group).hyper._fields)
+        return ("betas" in group or not self.betas) and present.issuperset(self.rule(group).hyper._fields)
 
     def fold_betas(self, group: dict[str, Any]) -> None:
         """Put betas that were written under their own names, as momentum is by schedules, into ``betas``."""
@@ -96,26 +100,30 @@ class Family:
         betas = _as_list(group.get("betas", [0.0] * len(self.betas)))
         if not isinstance(betas, (tuple, list)) or len(betas) != len(self.betas):
             raise ValueError(f"Invalid betas: {betas!r}, must be {len(self.betas)} numbers")
-        group = dict(group)
-        betas = [group.pop(name, beta) for name, beta in zip(self.betas, betas)]
-        checked = {
-            **group,
-            "lr": number("learning rate", group["lr"]),
-            "betas": tuple(
+        checked = dict(group)
+        betas = [checked.pop(name, beta) for name, beta in zip(self.betas, betas)]
+        if self.betas:
+            checked["betas"] = tuple(
                 number(f"beta parameter at index {i}", beta, below=1.0) for i, beta in enumerate(betas)
-            ),
-            "eps": number("epsilon value", group["eps"]),
-            "weight_decay": number("weight_decay value", group["weight_decay"]),
-        }
+            )
+        for key, what in _OF_ALL.items():
+            if self.betas or key in group:
+                checked[key] = number(what, group[key])
         for key, default in self.extras.items():
+            if key in _OF_ALL:
+                continue
             if isinstance(default, bool):
                 checked[key] = flag(key, group[key])
             elif not (default is None and group[key] in (None, "None")):
-                checked[key] = number(key, group[key])
+                checked[key] = number(key, group[key], least=self.least)
             else:
                 checked[key] = None
         self.check(checked)
         return checked
+
+
+#: Keys of every group, with what they are called in errors.
+_OF_ALL = {"lr": "learning rate", "eps": "epsilon value", "weight_decay": "weight_decay value"}
 
 
 def _as_list(betas: Any) -> Any:

@@ -12,10 +12,15 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 #: What can be overridden: hyperparameters of a group, and options of an optimizer.
-OVERRIDABLE = frozenset(
+OVERRIDABLE = set(
     "lr betas eps weight_decay alpha t_alpha t_beta3 lr_decay "
     "optim_bits states min_8bit_size max_unorm skip_zeros percentile_clipping block_wise".split()
 )
+
+
+def allow_overrides(names: Iterable[str]) -> None:
+    """Let hyperparameters of a rule be overridden, too."""
+    OVERRIDABLE.update(names)
 
 
 class GlobalOptimManager:

@@ -10,11 +10,13 @@ import functools
 import keyword
 import re
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .rounding import noise_of, random_bits, round_bits
 from .rule import Rule
@@ -121,12 +123,19 @@ _DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def trace(function: Callable[..., Sequence[torch.Tensor]], dtypes: Sequence[torch.dtype]) -> torch.fx.Graph:
+def trace(
+    function: Callable[..., Sequence[torch.Tensor]],
+    dtypes: Sequence[torch.dtype],
+    origin: Callable[..., Any] | None = None,
+    results: Sequence[str] | None = None,
+) -> torch.fx.Graph:
     """Graph of an elementwise function.
 
     Args:
         function: Takes tensors and returns a sequence of tensors.
         dtypes: Of the arguments.
+        origin: Whose lines errors name: the function that somebody wrote.
+        results: What it must return, by name.
 
     Returns:
         torch.fx.Graph: One placeholder for each argument; the output is a tuple. Every operation is one of
@@ -134,21 +143,101 @@ def trace(function: Callable[..., Sequence[torch.Tensor]], dtypes: Sequence[torc
 
     Raises:
         NotImplementedError: If the function uses something else.
+        ValueError: If it cannot be traced, uses a tensor that it is not given, or returns something else.
     """
+    origin = origin or function
+
+    def flat(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = tuple(function(*args))
+        wrong = [x for x in found if not isinstance(x, torch.Tensor) or x.dim()]
+        if wrong or (results is not None and len(found) != len(results)):
+            wanted = (
+                "only tensors of the shape of its arguments" if wrong else f"({', '.join(results or ())})"
+            )
+            got = repr(wrong[0]) if wrong else f"{len(found)} results"
+            raise ValueError(f"{_begin_of(origin)}: {_name_of(origin)} must return {wanted}, got {got}")
+        return found
+
     with TRACING:
         example = [torch.empty((), dtype=dtype) for dtype in dtypes]
-        module = make_fx(lambda *args: tuple(function(*args)), _DECOMPOSITIONS, tracing_mode="fake")(*example)
+        try:
+            module = make_fx(flat, _DECOMPOSITIONS, tracing_mode="fake")(*example)
+        except Exception as error:
+            line = _line_of(error, origin)
+            if line is None or isinstance(error, NotImplementedError):
+                raise
+            raise ValueError(f"{line}: {_name_of(origin)} {_mistake(error)}") from error
     for node in module.graph.nodes:
         if node.target is aten.detach.default:  # of a view as bits
             node.replace_all_uses_with(node.args[0])
     module.graph.eliminate_dead_code()
     for node in module.graph.nodes:
+        if node.op == "get_attr":
+            raise ValueError(f"{_begin_of(origin)}: {_name_of(origin)} {_OUTSIDE}")
         if node.op != "call_function" or is_constant(node):
             continue
         if node.target not in OPERATIONS or not node.kwargs.keys() <= _OWN_KEYWORDS.get(node.target, set()):
             allowed = sorted({*OPERATIONS.values()} - OF_INTEGERS)
-            raise NotImplementedError(f"{node.format_node()}: a rule may use {', '.join(allowed)}")
+            line = _line_of_operation(function, dtypes, node.target, origin)
+            text = f"{node.format_node()}: a rule may use {', '.join(allowed)}"
+            raise NotImplementedError(f"{line}: {text}" if line else text)
     return module.graph
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", "a function")
+
+
+def _begin_of(function: Callable[..., Any]) -> str:
+    code = getattr(function, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else _name_of(function)
+
+
+def _line_of(error: BaseException, origin: Callable[..., Any]) -> str | None:
+    """Where in the file of a function an error was raised, the innermost line."""
+    code = getattr(origin, "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f"{f.filename}:{f.lineno}" for f in frames if code and f.filename == code.co_filename]
+    return lines[-1] if lines else None
+
+
+_OUTSIDE = (
+    "uses a tensor from outside, of which there is none when its kernel runs: make it a number, a hyperparameter "
+    "or a scalar"
+)
+
+
+def _mistake(error: BaseException) -> str:
+    """What is wrong with a function that cannot be traced."""
+    if "allow_non_fake_inputs" in str(error):
+        return _OUTSIDE
+    if "data-dependent" in str(error).lower() or type(error).__name__ == "DataDependentOutputException":
+        return "branches on a tensor, which has no value before its kernel runs: branch with torch.where"
+    return f"cannot be traced: {error}"
+
+
+class _Stop(TorchDispatchMode):
+    """Raises where an operation is called."""
+
+    def __init__(self, target: Any) -> None:
+        super().__init__()
+        self.target = target
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is self.target:
+            raise RuntimeError(f"{func} is here")
+        return func(*args, **(kwargs or {}))
+
+
+def _line_of_operation(
+    function: Callable[..., Any], dtypes: Sequence[torch.dtype], target: Any, origin: Callable[..., Any]
+) -> str | None:
+    try:
+        with _Stop(target):
+            function(*[torch.ones((), dtype=dtype) for dtype in dtypes])
+    except RuntimeError as error:
+        return _line_of(error, origin)
+    return None
 
 
 def is_constant(node: torch.fx.Node) -> bool:
@@ -193,7 +282,7 @@ def trace_rule(rule: Rule) -> TracedRule:
     """
     hyper, states = len(rule.hyper._fields), len(rule.states)
     with TRACING:
-        shared = rule.scalars(rule.hyper(*[torch.zeros(())] * hyper), torch.ones(()))
+        shared = _shared_of(rule)
     of_states = [state.name for state in rule.states]
     for name in (*rule.hyper._fields, *shared._fields, *of_states):
         if name in RESERVED or re.fullmatch(r"t\d+", name) or not _is_name(name):
@@ -206,18 +295,19 @@ def trace_rule(rule: Rule) -> TracedRule:
     twice = {name for name in of_states if [*of_states, *shared._fields].count(name) > 1}
     if twice:
         raise ValueError(f"rule {rule.name}: {sorted(twice)} are names of two states, or of a scalar too")
-    missing = {"keep", "step_size", "unit"} - {*shared._fields}
-    if missing:
-        raise ValueError(f"rule {rule.name}: scalars has no {sorted(missing)}, only {list(shared._fields)}")
 
     def of_elements(function: Callable[..., Sequence[torch.Tensor]]) -> torch.fx.Graph:
         return trace(
             lambda *a: function(*a[: 2 + states], shared._make(a[2 + states :])),
             [torch.float32] * (2 + states + len(shared)),
+            rule.own_function,
+            ["param" if rule.has_update else "direction", *of_states],
         )
 
     return TracedRule(
-        trace(lambda *a: rule.scalars(rule.hyper(*a[:-1]), a[-1]), [torch.float64] * (hyper + 1)),
+        trace(
+            lambda *a: rule.shared(rule.hyper(*a[:-1]), a[-1]), [torch.float64] * (hyper + 1), rule.scalars
+        ),
         of_elements(rule.update),
         of_elements(rule.direction),
         {
@@ -230,6 +320,17 @@ def trace_rule(rule: Rule) -> TracedRule:
         },
         shared._fields,
     )
+
+
+def _shared_of(rule: Rule) -> Any:
+    """The scalars of some hyperparameters."""
+    try:
+        return rule.shared(rule.hyper(*[torch.zeros(())] * len(rule.hyper._fields)), torch.ones(()))
+    except Exception as error:
+        line = _line_of(error, rule.scalars)
+        if line is None or isinstance(error, NotImplementedError):
+            raise
+        raise ValueError(f"{line}: scalars of rule {rule.name}: {error}") from error
 
 
 def _is_name(text: str) -> bool:

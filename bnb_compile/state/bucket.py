@@ -155,14 +155,15 @@ class Bucket:
             view.update(stored.format.entries(parts, number, size))
         return {self._names.get(key, key): x for key, x in view.items()}
 
-    def begin(self, k: int, values: Sequence[float] = ()) -> None:
-        """Give a parameter the states of one that has taken no step: these values, or zeros."""
+    def begin(self, k: int, values: Sequence[float | str] = ()) -> None:
+        """Give a parameter the states of one that has taken no step: these, see `State.initial`, or zeros."""
         for entry in (self.step, self.gnorm, self.unorm):
             if entry is not None:
                 entry[k].zero_()
         slot, stored = self.slots[k], self.op.stored
         if any(values):
-            full = [torch.full((slot.numel,), x, device=self.device) for x in values]
+            param = self.local[k].detach().reshape(-1).float()
+            full = [param if x == "param" else torch.full_like(param, float(x)) for x in values]
             fresh = encode(stored, full, slot)
         else:
             # All elements and blocks get what one has; as few numbers are made as possible.

@@ -24,7 +24,7 @@ class Wanted(NamedTuple):
         param: The parameter.
         kind: Of its bucket.
         numbers: Which states of the rule stand under each number in the keys of its entry.
-        initial: What its states begin with, for each; empty for zeros.
+        initial: What its states begin with, for each, see `State.initial`; empty for zeros.
         max_unorm: Limit of the trust ratio.
         percentile: Percentile clipping.
         geometry: Which elements of a whole tensor this process has; None if all of an ordinary one.
@@ -33,7 +33,7 @@ class Wanted(NamedTuple):
     param: Tensor
     kind: Kind
     numbers: tuple[tuple[int, ...], ...]
-    initial: tuple[float, ...]
+    initial: tuple[float | str, ...]
     max_unorm: float
     percentile: int
     geometry: Geometry | None = None

@@ -1,0 +1,421 @@
+"""Optimizers from rules that the package does not have: those of examples/, and wrong ones."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bnb_compile as bnb
+from bnb_compile import Rule, State, backends, export
+from bnb_compile.rules import ALL
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import own_optimizer as own
+
+pytestmark = pytest.mark.quick
+
+# -- the examples, beside their authors' formulas in float64
+# --------------------------------------------------
+
+
+class Reference:
+    """An optimizer of one tensor in float64; `take` is a step."""
+
+    def __init__(self, param: Tensor, **hyper: float) -> None:
+        self.p, self.h, self.t = param.double(), hyper, 0
+        self.m, self.v = torch.zeros_like(self.p), torch.zeros_like(self.p)
+        self.z = self.p.clone()
+
+    def take(self, g: Tensor) -> None:
+        raise NotImplementedError
+
+
+class Tiger(Reference):
+    def take(self, g: Tensor) -> None:
+        self.m = self.h["beta"] * self.m + (1 - self.h["beta"]) * g
+        self.p = self.p - self.h["lr"] * (self.m.sign() + self.h["weight_decay"] * self.p)
+
+
+class CautiousLion(Reference):
+    def take(self, g: Tensor) -> None:
+        update = torch.lerp(g, self.m, self.h["beta1"]).sign()
+        update = update * (update * g > 0)
+        self.p = self.p * (1 - self.h["lr"] * self.h["weight_decay"]) - self.h["lr"] * update
+        self.m = torch.lerp(g, self.m, self.h["beta2"])
+
+
+class Grams(Reference):
+    def take(self, g: Tensor) -> None:
+        self.t += 1
+        b1, b2 = self.h["beta1"], self.h["beta2"]
+        self.m, self.v = b1 * self.m + (1 - b1) * g, b2 * self.v + (1 - b2) * g * g
+        adam = self.m / (1 - b1**self.t) / ((self.v / (1 - b2**self.t)).sqrt() + self.h["eps"])
+        self.p = self.p * (1 - self.h["lr"] * self.h["weight_decay"]) - self.h["lr"] * adam.abs() * g.sign()
+
+
+class ADOPT(Reference):
+    def take(self, g: Tensor) -> None:
+        if self.t == 0:
+            self.v = g * g
+        else:
+            self.p = self.p * (1 - self.h["lr"] * self.h["weight_decay"])
+            scaled = g / self.v.sqrt().clamp(min=self.h["eps"])
+            limit = self.t**0.25
+            self.m = torch.lerp(self.m, scaled.clamp(-limit, limit), 1 - self.h["beta1"])
+            self.p = self.p - self.h["lr"] * self.m
+            self.v = self.h["beta2"] * self.v + (1 - self.h["beta2"]) * g * g
+        self.t += 1
+
+
+class ScheduleFreeAdamW(Reference):
+    """The authors' loop: y is interpolated towards z, then moved."""
+
+    def take(self, g: Tensor) -> None:
+        b1, b2, lr = self.h["beta1"], self.h["beta2"], self.h["lr"]
+        self.v = b2 * self.v + (1 - b2) * g * g
+        g = g / ((self.v / (1 - b2 ** (self.t + 1))).sqrt() + self.h["eps"]) + self.h["weight_decay"] * self.p
+        weight = 1 / (self.t + 1)
+        self.p = torch.lerp(self.p, self.z, weight)
+        self.p = self.p + lr * (b1 * (1 - weight) - 1) * g
+        self.z = self.z - lr * g
+        self.t += 1
+
+
+REFERENCES: dict[str, tuple[type[Reference], dict[str, float]]] = {
+    "Tiger": (Tiger, dict(lr=1e-2, beta=0.9, weight_decay=0.1)),
+    "CautiousLion": (CautiousLion, dict(lr=1e-2, beta1=0.9, beta2=0.99, weight_decay=0.1)),
+    "Grams": (Grams, dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)),
+    "ADOPT": (ADOPT, dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-6, weight_decay=0.1)),
+    "ScheduleFreeAdamW": (
+        ScheduleFreeAdamW,
+        dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1),
+    ),
+}
+each = pytest.mark.parametrize("name", REFERENCES)
+
+
+def gradients(steps: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(3000, generator=generator) for _ in range(steps)]
+
+
+def made(name: str, **options: Any) -> tuple[Any, nn.Parameter]:
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(3000))
+    return getattr(own, name)([param], min_8bit_size=1, **REFERENCES[name][1], **options), param
+
+
+def run(opt: Any, param: nn.Parameter, grads: list[Tensor]) -> None:
+    for grad in grads:
+        param.grad = grad.clone()
+        opt.step()
+
+
+@each
+def test_32_bits_are_the_formula(name: str) -> None:
+    opt, param = made(name, optim_bits=32)
+    reference = REFERENCES[name][0](param.detach(), **REFERENCES[name][1])
+    for grad in gradients(60):
+        reference.take(grad.double())
+    run(opt, param, gradients(60))
+    apart = (param.double() - reference.p).abs()
+    # Signs of numbers that are nearly 0 may differ.
+    assert (apart <= 2e-6 * reference.p.abs() + 1e-6).double().mean() > 0.999
+    assert apart.max() < 0.1
+
+
+@each
+@pytest.mark.parametrize("states", ["dynamic8", "ratio8", "ratio4"])
+def test_few_bits_are_near(name: str, states: str) -> None:
+    opt, param = made(name, states=states)
+    begin = param.detach().double()
+    reference = REFERENCES[name][0](begin, **REFERENCES[name][1])
+    for grad in gradients(30):
+        reference.take(grad.double())
+    run(opt, param, gradients(30))
+    bound = 0.35 if states == "ratio4" else 0.2
+    assert (param.double() - reference.p).norm() <= bound * (reference.p - begin).norm()
+
+
+@each
+@pytest.mark.parametrize("states", ["float32", "dynamic8"])
+def test_eager_compiled_captured_and_exported_steps_are_one(name: str, states: str) -> None:
+    found = {}
+    for way in ("eager", "compiled", "captured", "exported"):
+        opt, param = made(name, states=states, compile=way != "eager")
+        run(opt, param, gradients(2))
+        (grad,) = gradients(1, seed=1)
+        before = dict(backends.counts)
+        if way == "exported":
+            module = export.OptimizerStep(opt)
+            arguments = [param.detach().clone()], [grad], module.hyper()
+            with torch.no_grad():
+                torch.export.export(module, arguments).module()(*arguments)
+            found[way] = arguments[0][0]
+            continue
+        param.grad = grad
+        step = torch.compile(opt.step, fullgraph=True) if way == "captured" else opt.step
+        step()
+        ran = {key: backends.counts[key] - before.get(key, 0) for key in ("kernel", "captured")}
+        assert ran == {"kernel": int(way == "compiled"), "captured": int(way == "captured")}
+        found[way] = param.detach()
+    for way, param in found.items():
+        apart = (param - found["eager"]).abs() > 2e-6 * found["eager"].abs() + 1e-6
+        assert apart.double().mean() < 2e-3, way
+
+
+@each
+def test_a_run_resumes_bitwise_and_copies_are_pickled(name: str) -> None:
+    opt, param = made(name, optim_bits=8)
+    run(opt, param, gradients(3))
+    saved = copy.deepcopy(opt.state_dict())
+    again, other = made(name, optim_bits=8)
+    other.data.copy_(param.data)
+    again.load_state_dict(saved)
+    third = pickle.loads(pickle.dumps(opt))
+    copied = third.param_groups[0]["params"][0]
+    for one, p in ((opt, param), (again, other), (third, copied)):
+        run(one, p, gradients(2, seed=1))
+    assert torch.equal(param, other) and torch.equal(param, copied)
+    assert type(third) is type(opt)
+
+
+def test_hyperparameters_are_arguments_keys_and_data() -> None:
+    params = [nn.Parameter(torch.zeros(4096)) for _ in range(2)]
+    groups = [{"params": params[:1], "beta": 0.5}, {"params": params[1:], "lr": 0.25}]
+    opt = own.Tiger(groups, lr="0.5", weight_decay=0.0)
+    assert [group["beta"] for group in opt.param_groups] == [0.5, 0.965]
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 1, 0.5)
+    for expected in (0.5, 0.25):
+        for param in params:
+            param.grad = torch.ones(4096)
+        before = [param.detach().clone() for param in params]
+        opt.step()
+        assert (before[0] - params[0] == expected).all() and (before[1] - params[1] == expected / 2).all()
+        schedule.step()
+    with pytest.raises(TypeError, match="unexpected arguments.*'betas'"):
+        own.Tiger(params, betas=(0.9, 0.99))
+    with pytest.raises(ValueError, match="Invalid beta: 'x'"):
+        own.Tiger(params, beta="x")
+
+
+def test_everything_else_comes_along() -> None:
+    """Overrides, clipping, trust ratios, stochastic rounding, AMP: of a rule that was written elsewhere."""
+    small, large = nn.Parameter(torch.ones(64)), nn.Parameter(torch.ones(64, 128).bfloat16())
+    manager = bnb.optim.GlobalOptimManager.get_instance()
+    manager.override_config(small, key_value_dict={"beta": 0.0, "lr": 0.5})
+    opt = own.Tiger(
+        [small, large],
+        optim_bits=8,
+        max_unorm=0.01,
+        percentile_clipping=50,
+        max_grad_norm=1.0,
+        bf16_stochastic_round=True,
+        amp_fused=True,
+    )
+    for _ in range(3):
+        for param in (small, large):
+            param.grad = torch.randn_like(param)
+        opt.step()
+    assert opt.precision_report()[1]["format"] == "dynamic8"
+    assert large.isfinite().all() and (large != 1).any()
+    text = str(bnb.explain(opt))
+    assert "tiger_step_dynamic8" in text and "stochastic_round" in text
+    assert "struct Rule" in bnb.explain(opt).source("cpp")
+    assert "def update(" in bnb.explain(opt).source("triton")
+    with pytest.raises(ValueError, match="language: 'rust', must be 'cpp' or 'triton'"):
+        bnb.explain(opt).source("rust")
+    with pytest.raises(ValueError, match="max_unorm=0.1, must be 0: rule schedule_free_adam_w has an update"):
+        opt = own.ScheduleFreeAdamW([nn.Parameter(torch.ones(8))], max_unorm=0.1)
+        opt.init_state()
+    with pytest.raises(TypeError, match="explain\\(Adam\\): must be an optimizer of bnb_compile"):
+        bnb.explain(torch.optim.Adam([small]))
+
+
+def test_what_is_explained_is_what_there_is() -> None:
+    param = nn.Parameter(torch.randn(256, 256))
+    opt = bnb.optim.AdamW4bit([param])
+    (report,) = bnb.explain(opt).buckets
+    assert report.formats == {"exp_avg_sq": "log4", "exp_avg": "ratio4"} and report.compensated == (
+        "exp_avg",
+    )
+    assert (report.elements, report.state_bytes, report.traffic) == (65536, 1.0625, 12 + 2 * 1.0625)
+    assert report.milliseconds(1000) == pytest.approx(65536 * 14.125 / 1e9)
+    assert bnb.explain(bnb.optim.LAMB([param], optim_bits=8)).buckets[0].compensated == ()
+
+
+# -- rules that are wrong
+# --------------------------------------------------------------------------------------
+
+
+class Hyper(NamedTuple):
+    lr: float = 1e-3
+
+
+class Scalars(NamedTuple):
+    step_size: Tensor
+
+
+def scalars(h: Any, step: Tensor) -> Scalars:
+    return Scalars(h.lr)
+
+
+def line_of(function: Callable, text: str) -> str:
+    """Where a text stands in a function of this file."""
+    lines = Path(__file__).read_text().splitlines()
+    first = function.__code__.co_firstlineno
+    return f"{__file__}:{next(k for k in range(first, len(lines) + 1) if text in lines[k - 1])}"
+
+
+def sine(param: Tensor, grad: Tensor, exp_avg: Tensor, s: Scalars) -> tuple:
+    half = 0.5 * grad
+    return half.sin(), exp_avg
+
+
+def branch(param: Tensor, grad: Tensor, exp_avg: Tensor, s: Scalars) -> tuple:
+    if (grad > 0).all():
+        return grad, exp_avg
+    return -grad, exp_avg
+
+
+OUTSIDE = torch.tensor(2.0)
+
+
+def captured(param: Tensor, grad: Tensor, exp_avg: Tensor, s: Scalars) -> tuple:
+    return grad * OUTSIDE, exp_avg
+
+
+def forgets(param: Tensor, grad: Tensor, exp_avg: Tensor, s: Scalars) -> tuple:
+    return (grad,)
+
+
+def lacks(param: Tensor, grad: Tensor, exp_avg: Tensor, s: Any) -> tuple:
+    return grad * s.beta, exp_avg
+
+
+def shapes(param: Tensor, grad: Tensor, exp_avg: Tensor, s: Scalars) -> tuple:
+    return grad[None], exp_avg
+
+
+WRONG = {
+    "an operation that no kernel has": (sine, NotImplementedError, "sin.*may use abs, add", "half.sin()"),
+    "a branch": (branch, ValueError, "branch with torch.where", "if (grad > 0)"),
+    "a tensor from outside": (captured, ValueError, "uses a tensor from outside", "grad * OUTSIDE"),
+    "a state that is not returned": (
+        forgets,
+        ValueError,
+        r"must return \(direction, exp_avg\), got 1 results",
+        "",
+    ),
+    "a scalar that is missing": (lacks, ValueError, "has no attribute 'beta'", "s.beta"),
+    "another shape": (shapes, ValueError, "must return only tensors of the shape", "def shapes"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_rule_is_refused_where_it_is_defined_with_its_line(what: str) -> None:
+    function, error, message, text = WRONG[what]
+    with pytest.raises(error, match=message) as raised:
+        bnb.optimizer(Rule("wrong", Hyper, (State("exp_avg"),), scalars, function))
+    assert line_of(function, text or "def forgets") in str(raised.value)
+
+
+def plain(param: Tensor, grad: Tensor, s: Scalars) -> tuple:
+    return (grad,)
+
+
+def no_size(h: Any, step: Tensor) -> Any:
+    return Scalars._make([h.lr])._asdict() and Other(h.lr)
+
+
+class Other(NamedTuple):
+    size: Tensor
+
+
+class NoLr(NamedTuple):
+    rate: float = 0.1
+
+
+class NoDefault(NamedTuple):
+    lr: float
+
+
+class Taken(NamedTuple):
+    lr: float = 0.1
+    params: float = 0.1
+
+
+def test_other_mistakes_say_what_is_allowed() -> None:
+    def define(**changed: Any) -> None:
+        given = dict(name="wrong", hyper=Hyper, states=(), scalars=scalars, direction=plain)
+        bnb.optimizer(Rule(**{**given, **changed}))
+
+    for changed, message in (
+        (dict(scalars=no_size), "scalars has no 'step_size', only \\['size'\\]"),
+        (dict(hyper=NoLr), "hyper has no 'lr', only \\['rate'\\]"),
+        (dict(hyper=NoDefault), "lr must have a default"),
+        (dict(hyper=Taken), "'params' cannot be a hyperparameter"),
+        (dict(direction=None), "must have a direction or an update, and not both"),
+        (dict(update=plain), "must have a direction or an update, and not both"),
+        (dict(states=(State("grad"),), direction=forgets), "'grad' cannot be a name"),
+        (
+            dict(states=(State("m", over="v", decays=("a", "b")),), direction=forgets),
+            "'v', which is no state",
+        ),
+        (dict(states=(State("m", format="int3"),), direction=forgets), "format='int3', must be one of"),
+        (dict(name="adam"), "bnb_compile.rules.adam has a rule of this name"),
+        (dict(name="momentum"), "bnb_compile has an algorithm of this name"),
+        (dict(name="tiger"), "own_optimizer has a rule of this name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            define(**changed)
+
+
+def test_a_rule_that_is_defined_again_is_served_fresh() -> None:
+    def define(factor: float) -> Any:
+        def direction(param: Tensor, grad: Tensor, s: Scalars) -> tuple:
+            return (factor * grad,)  # frozen into the rule
+
+        return bnb.optimizer(Rule("again", Hyper, (), scalars, direction))
+
+    def moved(cls: Any) -> float:
+        param = nn.Parameter(torch.zeros(8))
+        param.grad = torch.ones(8)
+        cls([param], lr=1.0).step()
+        return -param[0].item()
+
+    first, second = define(2.0), define(3.0)
+    assert (moved(first), moved(second), moved(first)) == (2.0, 3.0, 2.0)
+
+
+def test_a_state_may_demand_its_format_and_where_it_begins() -> None:
+    opt, param = made("ScheduleFreeAdamW", optim_bits=8)
+    begin = param.detach().clone()
+    opt.init_state()
+    assert torch.equal(opt.state[param]["state1"], begin)
+    assert (opt.state[param]["state1"].dtype, opt.state[param]["state2"].dtype) == (
+        torch.float32,
+        torch.uint8,
+    )
+    run(opt, param, gradients(2))
+    del opt.state[param]
+    run(opt, param, gradients(1, seed=1))
+    assert int(opt.state[param]["step"]) == 1 and param.isfinite().all()
+
+
+def test_rules_of_the_package_are_of_the_same_kind() -> None:
+    for rule in ALL:
+        assert not rule.has_update and rule.own_function is rule.direction
+        shared = rule.shared(
+            rule.hyper(*[torch.tensor(0.5).double()] * len(rule.hyper._fields)), torch.tensor(2.0)
+        )
+        assert {"keep", "step_size", "unit"} <= {*shared._fields} and math.isfinite(shared.keep)
