@@ -24,7 +24,6 @@ import own_optimizer as own
 pytestmark = pytest.mark.quick
 
 # -- the examples, beside their authors' formulas in float64
-# --------------------------------------------------
 
 
 class Reference:
@@ -254,7 +253,6 @@ def test_what_is_explained_is_what_there_is() -> None:
 
 
 # -- rules that are wrong
-# --------------------------------------------------------------------------------------
 
 
 class Hyper(NamedTuple):

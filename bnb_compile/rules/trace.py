@@ -202,8 +202,8 @@ def _line_of(error: BaseException, origin: Callable[..., Any]) -> str | None:
 
 
 _OUTSIDE = (
-    "uses a tensor from outside, of which there is none when its kernel runs: make it a number, a hyperparameter "
-    "or a scalar"
+    "uses a tensor from outside, of which there is none when its kernel runs: make it a number, a "
+    "hyperparameter or a scalar"
 )
 
 
