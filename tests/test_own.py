@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import bnb_compile as bnb
 from bnb_compile import Rule, State, backends, export
-from bnb_compile.rules import ALL
+from bnb_compile.rules import ADAM, ALL, cautious, coupled_weight_decay, decoupled_weight_decay
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import own_optimizer as own
@@ -417,3 +417,65 @@ def test_rules_of_the_package_are_of_the_same_kind() -> None:
             rule.hyper(*[torch.tensor(0.5).double()] * len(rule.hyper._fields)), torch.tensor(2.0)
         )
         assert {"keep", "step_size", "unit"} <= {*shared._fields} and math.isfinite(shared.keep)
+
+
+# -- transforms ----------------------------------------------------------------------------------------------
+
+CautiousTiger = bnb.optimizer(cautious(own.Tiger.rule), name="CautiousTiger")
+CautiousAdamW = bnb.optimizer(cautious(ADAM), name="CautiousAdamW")
+CautiousCoupled = bnb.optimizer(cautious(coupled_weight_decay(Rule("plain", Hyper, (), scalars, plain))))
+Decoupled = bnb.optimizer(decoupled_weight_decay(Rule("plain", Hyper, (), scalars, plain)))
+
+
+def stepped(cls: Any, grad: Tensor, **options: Any) -> Tensor:
+    """How far a step moves a parameter of twos."""
+    param = nn.Parameter(torch.full_like(grad, 2.0))
+    param.grad = grad
+    cls([param], **options).step()
+    return 2.0 - param.detach()
+
+
+def test_transforms_change_what_they_say() -> None:
+    grad = torch.tensor([1.0, -0.5, 0.25, -4.0])
+    assert torch.equal(stepped(Decoupled, grad, lr=0.5, weight_decay=0.125), 0.5 * (grad + 0.25))
+    # The decay turns the second one round, so that it is not moved.
+    expected = 0.5 * torch.where(torch.tensor([True, False, True, True]), grad + 0.75, 0.0)
+    assert torch.equal(stepped(CautiousCoupled, grad, lr=0.5, weight_decay=0.375), expected)
+    assert CautiousCoupled.rule.name == "cautious_coupled_plain"
+    with pytest.raises(ValueError, match="adam has a weight_decay already"):
+        decoupled_weight_decay(ADAM)
+    with pytest.raises(ValueError, match="has an update, must have a direction to be made cautious"):
+        cautious(own.ScheduleFreeAdamW.rule)
+
+
+@pytest.mark.parametrize("states", ["float32", "ratio8"])
+def test_a_cautious_optimizer_is_its_own_where_directions_agree(states: str) -> None:
+    options = dict(lr=1e-2, beta1=0.9, beta2=0.99, weight_decay=0.1, states=states, min_8bit_size=1)
+    params = [nn.Parameter(torch.ones(3000)) for _ in range(2)]
+    careful = CautiousAdamW(params[:1], **options)
+    usual = bnb.optim.AdamW(
+        params[1:], lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1, states=states, min_8bit_size=1
+    )
+    grads = gradients(3)
+    for grad in grads:
+        before = [param.detach().clone() for param in params]
+        for param, opt in zip(params, (careful, usual)):
+            param.data.copy_(before[1])
+            param.grad = grad.clone()
+            opt.step()
+        decayed = before[1] * (1 - 1e-3)
+        agrees = (decayed - params[1]) * grad > 1e-5
+        assert 0.5 < agrees.double().mean() < 1
+        if states == "float32":
+            torch.testing.assert_close(params[0][agrees], params[1][agrees], rtol=1e-6, atol=1e-7)
+            against = (decayed - params[1]) * grad < -1e-5
+            torch.testing.assert_close(params[0][against], decayed[against], rtol=1e-6, atol=1e-7)
+    assert bnb.explain(careful).buckets[0].compensated == ()
+
+
+def test_a_transformed_rule_of_a_user_is_a_part_of_the_disk_caches_key() -> None:
+    from bnb_compile.lowering.cache_key import operator_hash
+
+    op = CautiousTiger([nn.Parameter(torch.ones(8))])
+    op.init_state()
+    assert operator_hash(op.structure.buckets[0].op) is not None

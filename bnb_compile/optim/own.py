@@ -51,8 +51,8 @@ def optimizer(rule: Rule, name: str | None = None) -> type[Optimizer8bit]:
     known = _OWN.get(rule.name) or next((own for own in ALL if own.name == rule.name), None)
     if known is None and rule.name in FAMILIES:
         raise ValueError(f"rule {rule.name}: bnb_compile has an algorithm of this name, take another one")
-    if known is not None and _origin(known) != _origin(rule):
-        raise ValueError(f"rule {rule.name}: {_origin(known)[0]} has a rule of this name, take another one")
+    if known is not None and known.origin != rule.origin:
+        raise ValueError(f"rule {rule.name}: {known.origin[0]} has a rule of this name, take another one")
     step_op(rule, "float32")  # checks all of it
     initial = tuple(state.initial for state in rule.states)
     family: Family = add_family(
@@ -71,7 +71,7 @@ def optimizer(rule: Rule, name: str | None = None) -> type[Optimizer8bit]:
         Optimizer8bit.__init__(self, params, {"lr": lr}, **options)
 
     arguments = "\n".join(f"        {key}: {value!r} by default." for key, value in defaults.items())
-    doc = f"""Rule {rule.name}, {_origin(rule)[0]}.
+    doc = f"""Rule {rule.name}, {rule.origin[0]}.
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of them.
@@ -81,8 +81,3 @@ def optimizer(rule: Rule, name: str | None = None) -> type[Optimizer8bit]:
     module = sys._getframe(1).f_globals.get("__name__", "__main__")
     members = {"__init__": __init__, "__doc__": doc, "__module__": module, "family": family, "rule": rule}
     return type(own_name, (Optimizer8bit,), members)
-
-
-def _origin(rule: Rule) -> tuple[str, str]:
-    """Where a rule was written."""
-    return rule.own_function.__module__, rule.own_function.__qualname__

@@ -17,6 +17,9 @@ from .rule import Rule as Rule
 from .rule import State as State
 from .sgd import SGD as SGD
 from .sgd import SGD_PLAIN as SGD_PLAIN
+from .transforms import cautious as cautious
+from .transforms import coupled_weight_decay as coupled_weight_decay
+from .transforms import decoupled_weight_decay as decoupled_weight_decay
 from .trust import trust_ratio as trust_ratio
 
 ALL = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ from .rule import Rule, State
 class Hyper(NamedTuple):
     """Hyperparameters of Adagrad."""
 
-    lr: Tensor
-    lr_decay: Tensor
-    eps: Tensor
-    weight_decay: Tensor
+    lr: Any = 0.01
+    lr_decay: Any = 0.0
+    eps: Any = 1e-10
+    weight_decay: Any = 0.0
 
 
 class Scalars(NamedTuple):

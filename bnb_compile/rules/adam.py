@@ -19,11 +19,11 @@ from .rule import Rule, State
 class Hyper(NamedTuple):
     """Hyperparameters of Adam."""
 
-    lr: Tensor
-    beta1: Tensor
-    beta2: Tensor
-    eps: Tensor
-    weight_decay: Tensor
+    lr: Any = 0.001
+    beta1: Any = 0.9
+    beta2: Any = 0.999
+    eps: Any = 1e-08
+    weight_decay: Any = 0.0
 
 
 class Scalars(NamedTuple):

@@ -7,7 +7,7 @@ weight_decay)``.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +18,12 @@ from .rule import Rule, State
 class Hyper(NamedTuple):
     """Hyperparameters of Adan."""
 
-    lr: Tensor
-    beta1: Tensor
-    beta2: Tensor
-    beta3: Tensor
-    eps: Tensor
-    weight_decay: Tensor
+    lr: Any = 0.001
+    beta1: Any = 0.98
+    beta2: Any = 0.92
+    beta3: Any = 0.99
+    eps: Any = 1e-08
+    weight_decay: Any = 0.0
 
 
 class Scalars(NamedTuple):

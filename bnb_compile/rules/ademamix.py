@@ -18,15 +18,15 @@ from .rule import Rule, State, extended
 class Hyper(NamedTuple):
     """Hyperparameters of AdEMAMix; `t_alpha` and `t_beta3` are 0 where there is no schedule."""
 
-    lr: Tensor
-    beta1: Tensor
-    beta2: Tensor
-    beta3: Tensor
-    alpha: Tensor
-    t_alpha: Tensor
-    t_beta3: Tensor
-    eps: Tensor
-    weight_decay: Tensor
+    lr: Any = 0.001
+    beta1: Any = 0.9
+    beta2: Any = 0.999
+    beta3: Any = 0.9999
+    alpha: Any = 5.0
+    t_alpha: Any = 0.0
+    t_beta3: Any = 0.0
+    eps: Any = 1e-08
+    weight_decay: Any = 0.0
 
 
 #: Adam's; and the slow moment's decay rate and its share in the direction.

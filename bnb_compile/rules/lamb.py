@@ -20,13 +20,13 @@ from .rule import Rule, extended
 class Hyper(NamedTuple):
     """Hyperparameters of LAMB; the last two are 0 or 1."""
 
-    lr: Tensor
-    beta1: Tensor
-    beta2: Tensor
-    eps: Tensor
-    weight_decay: Tensor
-    bias_correction: Tensor
-    adam_w_mode: Tensor
+    lr: Any = 0.001
+    beta1: Any = 0.9
+    beta2: Any = 0.999
+    eps: Any = 1e-08
+    weight_decay: Any = 0.0
+    bias_correction: Any = 1.0
+    adam_w_mode: Any = 1.0
 
 
 #: Adam's, and what is added of a parameter to its gradient.

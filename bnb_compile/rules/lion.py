@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ from .rule import Rule, State
 class Hyper(NamedTuple):
     """Hyperparameters of Lion."""
 
-    lr: Tensor
-    beta1: Tensor
-    beta2: Tensor
-    weight_decay: Tensor
+    lr: Any = 0.0001
+    beta1: Any = 0.9
+    beta2: Any = 0.99
+    weight_decay: Any = 0.0
 
 
 class Scalars(NamedTuple):

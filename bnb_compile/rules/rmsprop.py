@@ -19,11 +19,11 @@ from .rule import Rule, State
 class Hyper(NamedTuple):
     """Hyperparameters of RMSprop."""
 
-    lr: Tensor
-    alpha: Tensor
-    eps: Tensor
-    weight_decay: Tensor
-    momentum: Tensor
+    lr: Any = 0.01
+    alpha: Any = 0.99
+    eps: Any = 1e-08
+    weight_decay: Any = 0.0
+    momentum: Any = 0.9
 
 
 class Scalars(NamedTuple):

@@ -94,6 +94,11 @@ class Rule:
         return self.update if self.has_update else self.direction
 
     @property
+    def origin(self) -> tuple[str, str]:
+        """Where it was written: a module, and a function there."""
+        return self.own_function.__module__, self.own_function.__qualname__
+
+    @property
     def has_update(self) -> bool:
         """Whether `update` was given, so that there is no direction for a trust ratio to measure."""
         return isinstance(self.direction, functools.partial)

@@ -6,7 +6,7 @@ Weight decay is added to the gradient. The first step puts the gradient into the
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,11 @@ from .rule import Rule, State
 class Hyper(NamedTuple):
     """Hyperparameters of SGD; `nesterov` is 0 or 1."""
 
-    lr: Tensor
-    momentum: Tensor
-    dampening: Tensor
-    weight_decay: Tensor
-    nesterov: Tensor
+    lr: Any = 0.001
+    momentum: Any = 0.9
+    dampening: Any = 0.0
+    weight_decay: Any = 0.0
+    nesterov: Any = 0.0
 
 
 class Scalars(NamedTuple):
