@@ -422,6 +422,9 @@ static inline void update(V& param, const V& grad, V* state, const V* s) {
     state[1] = t4;
     return direction;
   }
+  static inline void measure(
+      const V& param, const V& grad, const V* state, const V* s, V* numbers) {
+  }
   template <int FORMAT>
   static inline V impulse(const V& lost, const V& root, const V* s) {
     return V(0.f);

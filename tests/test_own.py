@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 import bnb_compile as bnb
 from bnb_compile import Rule, State, backends, export
-from bnb_compile.rules import ADAM, ALL, cautious, coupled_weight_decay, decoupled_weight_decay
+from bnb_compile.rules import (
+    ADAM,
+    ALL,
+    cautious,
+    clipped_update,
+    coupled_weight_decay,
+    decoupled_weight_decay,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import own_optimizer as own
@@ -479,3 +486,77 @@ def test_a_transformed_rule_of_a_user_is_a_part_of_the_disk_caches_key() -> None
     op = CautiousTiger([nn.Parameter(torch.ones(8))])
     op.init_state()
     assert operator_hash(op.structure.buckets[0].op) is not None
+
+
+# -- means over a parameter ----------------------------------------------------------------------------------
+
+NormalisedAdamW = bnb.optimizer(cautious(ADAM, normalised=True), name="NormalisedAdamW")
+Clipped = bnb.optimizer(clipped_update(ADAM, limit=0.5), name="Clipped")
+SHAPES = [(300,), (5, 7), (1,), (257,), (40, 33)]
+
+
+def reference_of_means(kind: str, params: list[Tensor], grads: list[list[Tensor]], h: dict) -> list[Tensor]:
+    """AdamW in float64; cautious as its authors have it, or with Adafactor's clip."""
+    found = []
+    for k, p in enumerate(params):
+        p, m, v = p.double(), torch.zeros_like(p).double(), torch.zeros_like(p).double()
+        for t, of_step in enumerate(grads, 1):
+            g = of_step[k].double()
+            used = g.isfinite()
+            g = torch.where(used, g, 0.0)
+            m1, v1 = torch.lerp(m, g, 1 - h["beta1"]), torch.lerp(v, g * g, 1 - h["beta2"])
+            root = (v1 / (1 - h["beta2"] ** t)).sqrt() + h["eps"]
+            u = m1 / (1 - h["beta1"] ** t) / root
+            if kind == "cautious":
+                mask = (u * g > 0).double()
+                u = u * mask / mask[used].mean().clamp(min=1e-3)
+            else:
+                u = u / (u[used].square().mean().sqrt() / 0.5).clamp(min=1.0)
+            p = torch.where(used, p * (1 - h["lr"] * h["weight_decay"]) - h["lr"] * u, p)
+            m, v = torch.where(used, m1, m), torch.where(used, v1, v)
+        found.append(p)
+    return found
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled", "captured"])
+@pytest.mark.parametrize("kind, cls", [("cautious", NormalisedAdamW), ("clipped", Clipped)])
+def test_means_are_those_of_a_parameter(kind: str, cls: Any, way: str) -> None:
+    torch.manual_seed(0)
+    h = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+    begin = [torch.randn(shape) for shape in SHAPES]
+    grads = [[torch.randn(shape) for shape in SHAPES] for _ in range(5)]
+    grads[3][0][7:30] = math.nan  # which no mean counts
+    expected = reference_of_means(kind, begin, grads, h)
+    params = [nn.Parameter(x.clone()) for x in begin]
+    opt = cls(params, **h, compile=way != "eager")
+    step = torch.compile(opt.step, fullgraph=True) if way == "captured" else opt.step
+    for of_step in grads:
+        for param, grad in zip(params, of_step):
+            param.grad = grad.clone()
+        step()
+    for param, exact in zip(params, expected):
+        torch.testing.assert_close(param.double(), exact, rtol=5e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("states", ["dynamic8", "ratio4"])
+def test_means_with_few_bits_are_the_same_eager_and_compiled(states: str) -> None:
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        param = nn.Parameter(torch.randn(3000))
+        opt = NormalisedAdamW([param], lr=1e-2, states=states, min_8bit_size=1, compile=compiled)
+        run(opt, param, gradients(1))
+        found.append(param.detach())
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_go_with_means_raises() -> None:
+    param = nn.Parameter(torch.ones(8192))
+    for options in (dict(max_unorm=0.1), dict(block_wise=False, optim_bits=8)):
+        with pytest.raises(
+            ValueError, match="must be 0 and True, as rule normalised_cautious_adam takes means"
+        ):
+            NormalisedAdamW([param], **options).init_state()
+    with pytest.raises(ValueError, match="takes the means \\['agreement'\\] already"):
+        clipped_update(NormalisedAdamW.rule)
+    assert cautious(Clipped.rule).means == Clipped.rule.means

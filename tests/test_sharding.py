@@ -14,9 +14,12 @@ from helpers import processes
 from torch import Tensor, nn
 
 import bnb_compile as bnb
+from bnb_compile.rules import ADAM, cautious
 
 pytestmark = pytest.mark.long
 
+#: Classes of rules.
+OWN = {"CautiousAdamW": bnb.optimizer(cautious(ADAM, normalised=True), name="CautiousAdamW")}
 #: By name: the mesh's shape, and the placement in each of its dimensions: a letter, or a number for Shard.
 MESHES = {
     "one": ((1,), "0"),
@@ -73,6 +76,8 @@ CASES = {
     "stochastic ratio": case(
         "AdamW", torch.bfloat16, states="ratio4_8", bf16_stochastic_round=True, min_8bit_size=0
     ),
+    "means": case("CautiousAdamW", min_8bit_size=0, states="ratio8"),
+    "means32": case("CautiousAdamW"),
     "one scale": case("AdamW8bit", block_wise=False),
     "max_unorm": case("AdamW8bit", max_unorm=0.02),
     "max_grad_norm": case("AdamW8bit", max_grad_norm=1.0),
@@ -80,7 +85,17 @@ CASES = {
     "eager": case("AdamW8bit", compile=False),
 }
 #: A norm is a sum over processes, which is rounded in another order.
-WITH_NORMS = {"LAMB8", "LAMB32", "LARS8", "LARS32", "max_unorm", "max_grad_norm", "percentile"}
+WITH_NORMS = {
+    "means",
+    "means32",
+    "LAMB8",
+    "LAMB32",
+    "LARS8",
+    "LARS32",
+    "max_unorm",
+    "max_grad_norm",
+    "percentile",
+}
 
 
 def make(name: str, params: list[nn.Parameter]) -> Any:
@@ -88,7 +103,7 @@ def make(name: str, params: list[nn.Parameter]) -> Any:
     given = {"momentum": 0.9} if cls.startswith(("SGD", "LARS")) else {}
     if "min_8bit_size" not in options and cls.endswith("8bit"):
         given["min_8bit_size"] = 0
-    return getattr(bnb.optim, cls)(params, lr=1e-2, **given, **options)
+    return (OWN.get(cls) or getattr(bnb.optim, cls))(params, lr=1e-2, **given, **options)
 
 
 def gradients(dtype: torch.dtype, step: int) -> list[Tensor]:
@@ -133,7 +148,7 @@ def on_mesh(request: pytest.FixtureRequest) -> list[dict[str, list[Tensor]]]:
 def test_any_mesh_computes_the_same(name: str, on_one: dict, on_mesh: list[dict]) -> None:
     for rank, of_rank in enumerate(on_mesh):
         for k, (actual, expected) in enumerate(zip(of_rank[name], on_one[name])):
-            if name in WITH_NORMS and name.endswith("8"):
+            if name in WITH_NORMS and name.endswith(("8", "means")):
                 close = (actual - expected).abs() <= 1e-5 * expected.abs().max()
                 assert close.float().mean() > 0.99, f"rank {rank}, {SHAPES[k]}"
             elif name in WITH_NORMS:

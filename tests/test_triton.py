@@ -457,7 +457,7 @@ def direction(param, grad, states, s):
     return t9, (t2, t6, )
 
 @triton.jit
-def load_scalars(scalars, k):
+def load_scalars(scalars, k, measured):
     row = scalars + k * 8
     keep = tl.load(row + 0)
     beta1 = tl.load(row + 1)
@@ -468,6 +468,7 @@ def load_scalars(scalars, k):
     eps = tl.load(row + 6)
     unit = tl.load(row + 7)
     return (keep, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, eps, unit, )
+
 
 @triton.jit
 def keep(used, fresh, old):

@@ -44,7 +44,7 @@ def lower(op: StepOp) -> None:
     def measure(*args: Any, **options: Any) -> Any:
         a = Arguments.of(args, {**options, "unorm": None})
         device = a.params[0].get_device()
-        found = empty([len(a.params), 2 + op.maxima], torch.float64, device)
+        found = empty([len(a.params), op.columns], torch.float64, device)
         backends.lowering(device.type).lower_measure(op, a, found)
         return found
 

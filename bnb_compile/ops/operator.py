@@ -25,7 +25,7 @@ def _of_params(dtype: torch.dtype, needs: str | None = None) -> Any:
 
 
 class Modes(NamedTuple):
-    """For each of the `Options`, whether a kernel is compiled for it."""
+    """For each of the `Options`, whether a kernel is compiled for it; and whether the rule takes means."""
 
     grad_scale: bool = False
     max_unorm: bool = False
@@ -34,11 +34,12 @@ class Modes(NamedTuple):
     stochastic_round: bool = False
     rows: bool = False
     totals: bool = False
+    means: bool = False
 
     @property
     def needs_totals(self) -> bool:
         """Whether something must be known of all elements of a parameter before one is updated."""
-        return self.max_unorm or not self.block_wise
+        return self.max_unorm or not self.block_wise or self.means
 
     @property
     def two_phases(self) -> bool:
@@ -64,7 +65,7 @@ class Options:
             all blocks of a parameter have the same.
         stochastic_round: Whether bfloat16 parameters are rounded up or down stochastically, see
             rules/rounding.py.
-        totals: (n, 2 + maxima) float64, for parameters that are parts of tensors: what the measure operator
+        totals: (n, columns) float64, for parameters that are parts of tensors: what the measure operator
             returned, added up over the parts. None to measure the parameters.
         geometry: Three ints for each parameter, its `formats.Geometry`; None if they are whole tensors.
     """
@@ -134,7 +135,7 @@ class Options:
     def modes(self) -> Modes:
         """What a kernel for these options is compiled for."""
         given = {name: name in self.tensors for name in self.dtypes()}
-        return Modes(**{name: given.get(name, getattr(self, name)) for name in Modes._fields})
+        return Modes(**{name: given.get(name, getattr(self, name, False)) for name in Modes._fields})
 
 
 #: Names of the options, and of those that are only read; Dynamo cannot ask an instance for them.
@@ -190,6 +191,16 @@ class StepOp:
         return sum(stored.format.maxima for stored in self.stored if stored.over is None)
 
     @property
+    def sums(self) -> int:
+        """Number of sums over a whole parameter: of squares, and for means of elements and of numbers."""
+        return 2 + (1 + len(self.rule.means) if self.rule.means else 0)
+
+    @property
+    def columns(self) -> int:
+        """Number of what the measure operator finds of a parameter: sums, then maxima."""
+        return self.sums + self.maxima
+
+    @property
     def random(self) -> bool:
         """Whether some format rounds stochastically."""
         return any(stored.format.random for stored in self.stored)
@@ -221,7 +232,7 @@ class StepOp:
 
     def modes(self, options: Options) -> Modes:
         """What is needed of a kernel."""
-        modes = options.modes
+        modes = options.modes._replace(means=bool(self.rule.means))
         return modes if self.shared_in_blocks else modes._replace(block_wise=True)
 
     def shapes(self, places: Layout) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ with n parameters, and
     hyper       (n, h) float64, a row of the rule's hyperparameters for each parameter
 
 A third operator, such as adam_step_dynamic8_measure, takes the arguments of the functional one and returns
-what a step must know of whole parameters: (n, 2 + maxima) float64, see `measure`.
+what a step must know of whole parameters: (n, columns) float64, see `measure`.
 
 and by keyword the `Options` of operator.py. `step_op` makes them when they are first asked for.
 
@@ -57,6 +57,11 @@ def _mistakes(op: StepOp, a: Arguments) -> Iterator[str]:
         if len(found) > 1 or not found <= set(PARAM_DTYPES):
             yield f"{what} are of {found}, must be of one dtype of {PARAM_DTYPES}"
     yield from a.options.mistakes()
+    if op.rule.means and (a.options.max_unorm is not None or not a.options.block_wise):
+        yield (
+            f"rule {op.rule.name} takes means over a parameter, so that max_unorm must be None and "
+            "block_wise True: what those need is known only when the means are"
+        )
     if op.has_ratios and not a.options.block_wise:
         yield "block_wise=False with states that are stored as ratios: each of their blocks has its own scale"
     if a.options.stochastic_round and a.params[0].dtype != torch.bfloat16:
@@ -79,7 +84,7 @@ def _mistakes(op: StepOp, a: Arguments) -> Iterator[str]:
     places = a.places()
     shapes = {arena.name: shape for arena, shape in zip(op.arenas, op.shapes(places))}
     shapes["hyper"] = (n, len(op.rule.hyper._fields))
-    shapes["totals"] = (n, 2 + op.maxima)
+    shapes["totals"] = (n, op.columns)
     dtypes = kernel_arguments(op, a.options.modes)
     for name, x in a.tensors(op).items():
         dtype, shape = dtypes[name], shapes.get(name, (n,))
@@ -184,18 +189,28 @@ def measure(op: StepOp, a: Arguments) -> Tensor:
     """What a step must know of whole parameters before it updates one.
 
     Returns:
-        Tensor: ``(n, 2 + op.maxima)`` float64: sums of the squares of the direction and of the parameter, and
-        the largest of the formats' magnitudes. Zeros for a parameter without a gradient.
+        Tensor: ``(n, op.columns)`` float64: sums of the squares of the direction (without means) and of the
+        parameter; if the rule takes means, the number of elements whose gradient is used, and the sums over
+        them; and the largest of the formats' magnitudes. Zeros for a parameter without a gradient.
     """
     rows = []
     for k, slot in enumerate(a.places().slots):
-        row = a.hyper.new_zeros(2 + op.maxima)
+        row = a.hyper.new_zeros(op.columns)
         if a.grads[k] is not None:
             scale = None if a.options.grad_scale is None else a.options.grad_scale[k].isfinite()
             e = _elements(op, a, k, slot, a.step[k] + (1 if scale is None else scale))
-            moved, *fresh = op.rule.direction(e.param, e.grad, *e.states, _as_float32(e.scalars))
-            kept = [torch.where(e.usable, new, old) for new, old in zip(fresh, e.states)]
-            found = [_squares(torch.where(e.usable, moved, 0.0)), _squares(e.param)]
+            s = _as_float32(e.scalars)
+            if op.rule.means:
+                kept = list(e.states)
+                found = [_squares(e.param) * 0, _squares(e.param), e.usable.double().sum()]
+                for _, number in op.rule.means:
+                    found.append(
+                        torch.where(e.usable, number(e.param, e.grad, *e.states, s), 0.0).double().sum()
+                    )
+            else:
+                moved, *fresh = op.rule.direction(e.param, e.grad, *e.states, s)
+                kept = [torch.where(e.usable, new, old) for new, old in zip(fresh, e.states)]
+                found = [_squares(torch.where(e.usable, moved, 0.0)), _squares(e.param)]
             for stored in op.stored:
                 magnitudes = () if stored.over is not None else stored.format.magnitudes(kept[stored.state])
                 found += [torch.cat([x, x.new_zeros(1)]).amax().double() for x in magnitudes]
@@ -222,13 +237,16 @@ def update(op: StepOp, a: Arguments) -> None:
             options.unorm[k] = torch.where(active, update_norm.square().float(), options.unorm[k])
             ratio = trust_ratio(options.max_unorm[k].double(), totals[k, 1].sqrt(), update_norm)
             s = s._replace(step_size=(scalars.step_size * ratio).float())
+        if op.rule.means:
+            count = totals[k, 2].clamp(min=1)
+            s = op.rule.with_means(s, [(x / count).float() for x in totals[k, 3 : op.sums]])
         param, *new = op.rule.update(e.param, e.grad, *e.states, s)
         states = [torch.where(e.usable, n, o) for n, o in zip(new, e.states)]
         random = noise = None
         if options.stochastic_round or op.random:
             random = random_bits(slot.indices(e.param.device).int(), a.step[k].int())
             noise = noise_of(random)
-        maxima = None if totals is None else totals[k, 2:].float()
+        maxima = None if totals is None else totals[k, op.sums :].float()
         fresh = _store(op, a, slot, states, active, e.usable, maxima, noise)
         for stored in op.compensated(op.modes(options), a.params[k].dtype):
             impulse, of_state = op.rule.states[stored.state].impulse, fresh[stored.state]
@@ -314,7 +332,7 @@ def _register(op: StepOp) -> None:
     def measured_fake(*args: Any, **options: Any) -> Tensor:
         a = Arguments.of(args, with_scratch(options))
         _check(op, a)
-        return a.hyper.new_empty(len(a.params), 2 + op.maxima)
+        return a.hyper.new_empty(len(a.params), op.columns)
 
     written = [*(arena.name for arena in op.arenas), "step"]
     mutated = ", ".join(f"Tensor({chr(ord('b') + k)}!) {name}" for k, name in enumerate(written))

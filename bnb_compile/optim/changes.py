@@ -380,6 +380,12 @@ class Changes(OpaqueBase):
             )
         clipped = config["percentile_clipping"] < 100
         stochastic = optimizer.bf16_stochastic_round and param.dtype == torch.bfloat16
+        if rule.means and (config["max_unorm"] > 0 or not (config["block_wise"] or not op.shared_in_blocks)):
+            raise ValueError(
+                f"max_unorm={config['max_unorm']}, block_wise={config['block_wise']}: must be 0 and True, as "
+                f"rule {rule.name} takes means over a parameter, and what those two need is known only when "
+                "the means are"
+            )
         if op.has_ratios:
             _check_ratios(rule, op.stored, config, optimizer.family.hyper(optimizer.family.checked(config)))
         modes = Modes(
@@ -389,6 +395,7 @@ class Changes(OpaqueBase):
             block_wise=config["block_wise"] or not op.shared_in_blocks,
             stochastic_round=stochastic,
             rows=ends_with_rows(param, op.shared_in_blocks, stochastic or op.random),
+            means=bool(rule.means),
         )
         if modes.needs_totals or clipped or optimizer.max_grad_norm is not None:
             check_whole(param)

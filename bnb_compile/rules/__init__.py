@@ -18,6 +18,7 @@ from .rule import State as State
 from .sgd import SGD as SGD
 from .sgd import SGD_PLAIN as SGD_PLAIN
 from .transforms import cautious as cautious
+from .transforms import clipped_update as clipped_update
 from .transforms import coupled_weight_decay as coupled_weight_decay
 from .transforms import decoupled_weight_decay as decoupled_weight_decay
 from .trust import trust_ratio as trust_ratio

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -71,6 +71,9 @@ class Rule:
             the learning rate.
         update: ``(param, grad, *states, scalars) -> (param, *states)``, elementwise, where there is no such
             direction.
+        means: Pairs of a name and a function ``(param, grad, *states, scalars) -> number``, elementwise, of
+            which `direction` or `update` is given the mean over the elements of a parameter whose gradient is
+            used, as a scalar of that name. A step then reads everything twice.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Rule:
     scalars: Callable[[Any, Tensor], Any]
     direction: Callable[..., tuple[Tensor, ...]] = None  # type: ignore[assignment]
     update: Callable[..., tuple[Tensor, ...]] = None  # type: ignore[assignment]
+    means: tuple[tuple[str, Callable[..., Tensor]], ...] = ()
 
     def __post_init__(self) -> None:
         if (self.direction is None) == (self.update is None):
@@ -128,6 +132,12 @@ class Rule:
             more["unit"] = size / hyper.lr if hasattr(hyper, "lr") else size
         kind: Any = type(found)
         return extended(kind, *more)(*found, **more) if more else found
+
+    def with_means(self, scalars: Any, means: Sequence[Any]) -> Any:
+        """The scalars as `direction` and `update` are given them."""
+        kind: Any = type(scalars)
+        names = [name for name, _ in self.means]
+        return extended(kind, *names)(*scalars, *means) if names else scalars
 
     def place_of(self, state: str) -> int:
         """Which of the states has a name."""

@@ -261,13 +261,16 @@ class TracedRule(NamedTuple):
         scalars: ``(*hyper, step) -> scalars``, float64.
         update: ``(param, grad, *states, *scalars) -> (param, *states)``, float32.
         direction: ``(param, grad, *states, *scalars) -> (direction, *states)``, float32.
+        measure: ``(param, grad, *states, *scalars) -> numbers``, float32, of which means are taken; without
+            the means among the scalars.
         impulses: ``(lost, root, *scalars) -> (direction,)``, float32, for each state that has one.
-        scalar_names: Of the scalars.
+        scalar_names: Of the scalars, and then of the means.
     """
 
     scalars: torch.fx.Graph
     update: torch.fx.Graph
     direction: torch.fx.Graph
+    measure: torch.fx.Graph
     impulses: dict[int, torch.fx.Graph]
     scalar_names: tuple[str, ...]
 
@@ -282,7 +285,8 @@ def trace_rule(rule: Rule) -> TracedRule:
     """
     hyper, states = len(rule.hyper._fields), len(rule.states)
     with TRACING:
-        shared = _shared_of(rule)
+        alone = _shared_of(rule)
+        shared = rule.with_means(alone, [torch.ones(())] * len(rule.means))
     of_states = [state.name for state in rule.states]
     for name in (*rule.hyper._fields, *shared._fields, *of_states):
         if name in RESERVED or re.fullmatch(r"t\d+", name) or not _is_name(name):
@@ -310,6 +314,11 @@ def trace_rule(rule: Rule) -> TracedRule:
         ),
         of_elements(rule.update),
         of_elements(rule.direction),
+        trace(
+            lambda *a: [mean(*a[: 2 + states], alone._make(a[2 + states :])) for _, mean in rule.means],
+            [torch.float32] * (2 + states + len(alone)),
+            rule.means[0][1] if rule.means else None,
+        ),
         {
             k: trace(
                 lambda lost, root, *a, impulse=state.impulse: (impulse(lost, root, shared._make(a)),),

@@ -1,4 +1,4 @@
-"""Changes of a rule that are rules again, so that they can be combined; each is elementwise.
+"""Changes of a rule that are rules again, so that they can be combined.
 
     Rule("tiger", ...)  ->  cautious(Rule("tiger", ...)), named cautious_tiger
 
@@ -8,6 +8,7 @@ They work for every rule with a `direction`, of this package or a user's.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,23 +17,54 @@ from torch import Tensor
 from .rule import Rule, extended
 
 
-def cautious(rule: Rule) -> Rule:
+def cautious(rule: Rule, normalised: bool = False) -> Rule:
     """Only elements whose direction agrees with the gradient are moved.
 
-    Liang et al., https://arxiv.org/abs/2411.16085, without the division by the share of such elements, which
-    would need a second pass over the parameter.
+    Liang et al., https://arxiv.org/abs/2411.16085.
 
     Args:
-        rule: With a direction.
+        rule: With a direction, and without means if `normalised`.
+        normalised: Whether what is left is divided by the share of such elements in the parameter, or by
+            0.001, as in the paper. That needs a second pass over everything.
     """
+
+    def agrees(param: Tensor, grad: Tensor, *rest: Any) -> Tensor:
+        moved, *_ = rule.direction(param, grad, *rest)
+        return torch.where(moved * grad > 0, torch.ones_like(moved), torch.zeros_like(moved))
 
     def direction(param: Tensor, grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         moved, *states = rule.direction(param, grad, *rest)
-        return torch.where(moved * grad > 0, moved, torch.zeros_like(moved)), *states
+        moved = torch.where(moved * grad > 0, moved, torch.zeros_like(moved))
+        return (moved / rest[-1].agreement.clamp(min=1e-3) if normalised else moved), *states
 
     # What rounding takes away would not be masked.
     states = tuple(state._replace(impulse=None) for state in rule.states)
-    return _changed("cautious", rule, direction=direction, states=states)
+    means = _only_means(rule, "agreement", agrees) if normalised else rule.means
+    prefix = "normalised_cautious" if normalised else "cautious"
+    return _changed(prefix, rule, direction=direction, states=states, means=means)
+
+
+def clipped_update(rule: Rule, limit: float = 1.0) -> Rule:
+    """A direction is made smaller where the root of its mean square over the parameter is above a limit.
+
+    Shazeer & Stern, https://arxiv.org/abs/1804.04235, section 6. It needs a second pass over everything.
+
+    Args:
+        rule: With a direction, and without means.
+        limit: For the direction times `unit`, that is, before the learning rate.
+    """
+
+    def square(param: Tensor, grad: Tensor, *rest: Any) -> Tensor:
+        moved, *_ = rule.direction(param, grad, *rest)
+        return (rest[-1].unit * moved) * (rest[-1].unit * moved)
+
+    def direction(param: Tensor, grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        moved, *states = rule.direction(param, grad, *rest)
+        return moved / (rest[-1].mean_square.sqrt() / limit).clamp(min=1.0), *states
+
+    states = tuple(state._replace(impulse=None) for state in rule.states)
+    means = _only_means(rule, "mean_square", square)
+    return _changed("clipped", rule, direction=direction, states=states, means=means)
 
 
 def decoupled_weight_decay(rule: Rule) -> Rule:
@@ -65,6 +97,15 @@ def coupled_weight_decay(rule: Rule) -> Rule:
         return rule.direction(param, grad + rest[-1].weight_decay * param, *rest)
 
     return _changed("coupled", rule, hyper=hyper, scalars=scalars, direction=direction)
+
+
+def _only_means(rule: Rule, name: str, number: Callable[..., Tensor]) -> tuple:
+    if rule.means:
+        raise ValueError(
+            f"rule {rule.name} takes the means {[own for own, _ in rule.means]} already, and its direction, "
+            f"of which {name} is to be a mean, is known only when those are"
+        )
+    return ((name, number),)
 
 
 def _changed(prefix: str, rule: Rule, **fields: Any) -> Rule:

@@ -113,7 +113,7 @@ class Bucket:
         self.gnorm = zeros(n, RING) if kind.clipped else None
         self.grad_scale = torch.ones(n, device=self.device) if kind.modes.grad_scale else None
         #: See `Options`: what a step must know of the parts that other processes hold.
-        self.totals = zeros(n, 2 + self.op.maxima, dtype=torch.float64) if kind.modes.totals else None
+        self.totals = zeros(n, self.op.columns, dtype=torch.float64) if kind.modes.totals else None
         self.idle: frozenset[int] = frozenset()
         self._launcher: Any = None
         self.entries = [Entry(listener) for _ in params]
@@ -261,11 +261,12 @@ class Bucket:
                 self.overload(*tensors, **options)
 
     def _total(self, found: Tensor) -> Tensor:
-        """What all processes together have found: sums, and then maxima."""
+        """What all processes together have found."""
         sharding = self.kind.sharding
         if sharding is None:
             return found
-        return torch.cat([sharding.total(found[:, :2]), sharding.total(found[:, 2:], "max")], 1)
+        sums, maxima = found[:, : self.op.sums], found[:, self.op.sums :]
+        return torch.cat([sharding.total(sums), sharding.total(maxima, "max")], 1)
 
     def _most(self, maximum: Tensor) -> Tensor:
         return maximum if self.kind.sharding is None else self.kind.sharding.total(maximum, "max")

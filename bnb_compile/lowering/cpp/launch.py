@@ -76,7 +76,7 @@ class Launcher(AbstractLauncher):
 
     def measure(self, grads: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
         """See `AbstractLauncher`."""
-        found = torch.empty(len(self.params), 2 + self.op.maxima, dtype=torch.float64, device="cpu")
+        found = torch.empty(len(self.params), self.op.columns, dtype=torch.float64, device="cpu")
         tensors = self.tensors | {"found": found}
         arguments = source.state_arguments(self.op, self.modes, measure=True)
         self._run(grads, dtype, [tensors[name] for name in arguments], measure=True)

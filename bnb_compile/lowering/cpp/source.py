@@ -43,10 +43,19 @@ def print_rule(op: StepOp) -> str:
         kept = [f"state[{k}] = {state};" for k, state in zip(order, fresh)]
         return _indented([*named, *lines, f"{result} = {value};", *kept])
 
+    measured = []
+    if rule.means:
+        alone = names[: len(names) - len(rule.means)]
+        measured += [f"const V {state} = state[{k}];" for state, k in zip(states, order)]
+        measured += [f"const V {name} = s[{k}];" for k, name in enumerate(alone)]
+        statements, numbers = write(traced.measure, ["param", "grad", *states, *alone], dialect)
+        measured += [*statements, *(f"numbers[{k}] = {number};" for k, number in enumerate(numbers))]
+
     return "\n".join(
         [
             "struct Rule {",
             f"  static constexpr int STATES = {len(states)}, HYPER = {len(hyper)}, SCALARS = {len(names)};",
+            f"  static constexpr int MEANS = {len(rule.means)}, FIRST_MEAN = {len(names) - len(rule.means)};",
             f"  static constexpr int STEP_SIZE = {names.index('step_size')}, UNIT = {names.index('unit')};",
             "  static inline void scalars(const double* hyper, double step, float* out) {",
             *_indented([f"const double {name} = hyper[{k}];" for k, name in enumerate(hyper)]),
@@ -59,6 +68,10 @@ def print_rule(op: StepOp) -> str:
             "  static inline V direction(const V& param, const V& grad, V* state, const V* s) {",
             *function(traced.direction, "const V direction"),
             "    return direction;",
+            "  }",
+            "  static inline void measure(",
+            "      const V& param, const V& grad, const V* state, const V* s, V* numbers) {",
+            *_indented(measured),
             "  }",
             *_print_impulse(op, names),
             "};",

@@ -6,6 +6,8 @@
 //   scalars(hyper, step, out)         what the elements of a parameter share
 //   update(param, grad, state, s)     the update of LANES elements; param and state are replaced
 //   direction(param, grad, state, s)  returns the direction; state is replaced
+//   MEANS, FIRST_MEAN                 how many means there are, and where among the scalars
+//   measure(param, grad, state, s, numbers)   the numbers that means are taken of
 //   impulse<K>(lost, root, s)         the directions to come that a part of a state has, see rules/rule.py
 // where states are in the order of their formats; GRAD_LIMIT, the Modes of ops/operator.py,
 // trust_ratio(max_unorm, param_norm, update_norm), random_bits(index, step), round_bits(bits, random) and
@@ -49,25 +51,30 @@ inline V usable(const V& grad) {
 // Of a block, and then of a parameter: what its update must know beforehand.
 template <int MAXIMA>
 struct Measured {
+  static constexpr int SUMS = Rule::MEANS ? 1 + Rule::MEANS : 0;
   double update = 0, param = 0;  // sums of squares
+  double sums[SUMS + 1] = {};    // of elements, and of their numbers
   float maxima[MAXIMA + 1] = {};  // what the formats found
 
   // As the option `totals`: a row of numbers.
-  static constexpr int COLUMNS = 2 + MAXIMA;
+  static constexpr int COLUMNS = 2 + SUMS + MAXIMA;
   static Measured from(const double* row) {
     Measured found;
     found.update = row[0], found.param = row[1];
-    for (int k = 0; k < MAXIMA; k++) found.maxima[k] = (float)row[2 + k];
+    for (int k = 0; k < SUMS; k++) found.sums[k] = row[2 + k];
+    for (int k = 0; k < MAXIMA; k++) found.maxima[k] = (float)row[2 + SUMS + k];
     return found;
   }
   void write(double* row) const {
     row[0] = update, row[1] = param;
-    for (int k = 0; k < MAXIMA; k++) row[2 + k] = maxima[k];
+    for (int k = 0; k < SUMS; k++) row[2 + k] = sums[k];
+    for (int k = 0; k < MAXIMA; k++) row[2 + SUMS + k] = maxima[k];
   }
 
   void add(const Measured& other) {
     update += other.update;
     param += other.param;
+    for (int k = 0; k < SUMS; k++) sums[k] += other.sums[k];
     for (int k = 0; k < MAXIMA; k++) maxima[k] = std::max(maxima[k], other.maxima[k]);
   }
 };
@@ -131,6 +138,8 @@ Measured<Storage::MAXIMA> update_block(
   for (int k = 0; k < Rule::SCALARS; k++) s[k] = V(scalars[k]);
   const V scale(grad_scale);
   V update_squares(0.f), param_squares(0.f);
+  V sums[Rule::MEANS + 1];
+  for (V& all : sums) all = V(0.f);
   // Without what comes for states that are encoded, and not rounded yet.
   alignas(64) float moved[Storage::COMPENSATED ? BLOCK : LANES];
   const auto random = [&](int i) { return random_bits(numbers_from((int32_t)(index + i)), I((int32_t)step)); };
@@ -145,8 +154,15 @@ Measured<Storage::MAXIMA> update_block(
       for (int k = 0; k < Rule::STATES; k++) fresh[k] = old[k];
       V fresh_param = old_param;
       const V grad_f32 = GRAD_SCALE ? read(grad + i) * scale : read(grad + i);
-      V direction;
-      if constexpr (MEASURE && MAX_UNORM) {
+      V direction(0.f);
+      if constexpr (MEASURE && MEANS) {
+        V numbers[Rule::MEANS + 1], counted(1.f);
+        Rule::measure(old_param, grad_f32, old, s, numbers);
+        if constexpr (checked) counted = V::blendv(V(0.f), counted, usable(grad_f32));
+        sums[0] = sums[0] + counted;
+        for (int k = 0; k < Rule::MEANS; k++)
+          sums[k + 1] = sums[k + 1] + (checked ? V::blendv(V(0.f), numbers[k], usable(grad_f32)) : numbers[k]);
+      } else if constexpr (MEASURE && MAX_UNORM) {
         direction = Rule::direction(old_param, grad_f32, fresh, s);
       } else {
         Rule::update(fresh_param, grad_f32, fresh, s);
@@ -189,6 +205,7 @@ Measured<Storage::MAXIMA> update_block(
   if constexpr (MEASURE) {
     found.update = MAX_UNORM ? sum(update_squares) : 0.f;
     found.param = sum(param_squares);
+    for (int k = 0; k < found.SUMS; k++) found.sums[k] = sum(sums[k]);
     (std::get<F>(states).found(found.maxima + Storage::first_maximum(F)), ...);
   } else {
     const auto noise = [&](int i) { return noise_of(random(i)); };
@@ -244,7 +261,7 @@ std::vector<Measured<Storage::MAXIMA>> measure_bucket(
   for (int64_t k = 0; k < count; k++) total += blocks(k);
   std::vector<Found> found(total), whole(count);
   share_out(count, 64, blocks, [&](int64_t k, int64_t from, int64_t to, int64_t passed) {
-    float scalars[Rule::SCALARS];
+    float scalars[Rule::SCALARS] = {};  // the means are not known yet
     Rule::scalars(hyper + k * Rule::HYPER, (double)(step[k] + 1), scalars);
     for (int64_t b = from; b < to; b++)
       found[passed + b] = update_block<true, P, G>(
@@ -292,6 +309,8 @@ void update_bucket(
       scalars[Rule::STEP_SIZE] *=
           trust_ratio(max_unorm[k], std::sqrt(all.param), unit * std::sqrt(all.update));
     }
+    for (int m = 0; m < Rule::MEANS; m++)
+      scalars[Rule::FIRST_MEAN + m] = (float)(all.sums[1 + m] / std::max(all.sums[0], 1.0));
     for (int64_t b = from; b < to; b++)
       update_block<false, P, G>(
           parameters[k], storage, b, scalars, scale(k), step[k], all, Storage::ALL);

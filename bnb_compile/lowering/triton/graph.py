@@ -10,7 +10,6 @@ import torch
 
 from ...formats import layout
 from ...ops.operator import Arguments, StepOp
-from ...rules.trace import trace_rule
 from .. import _inductor, wrapper
 from .._inductor import V, lowerings
 from ..node import AbstractKernelNode, AbstractStepNode, empty, static
@@ -46,7 +45,7 @@ def _lower(
     """
     device, n = a.params[0].get_device(), len(a.params)
     launches = _plan(a.params, a.grads, device, geometry=a.options.geometry)
-    scalars = len(trace_rule(op.rule).scalar_names)
+    scalars = source.scalars_of(op)
     scratch = {
         "addresses": empty([n, 2], torch.int64, device),
         "scalars": empty([n, scalars], torch.float32, device),
@@ -55,7 +54,7 @@ def _lower(
     constants = {"present": torch.tensor([int(grad is not None) for grad in a.grads])}
     if measures:
         programs = sum(launch.programs for launch in launches)
-        scratch["found"] = empty([max(programs, 1), 2 + op.maxima], torch.float32, device)
+        scratch["found"] = empty([max(programs, 1), op.columns], torch.float32, device)
         constants["spans"] = spans(launches, n)
     constants |= formats.tables(op)
     constants |= {

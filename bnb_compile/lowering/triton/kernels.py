@@ -13,9 +13,11 @@ the tensors on; an argument that an entry does not have is None. Arguments, for 
     scalars     (n, SCALARS) float32, the rule's
     grad_scale  (n,) float32
     step        (n,) int64
-    measured    (n, 1 + MAXIMA) float32: the trust ratio, and the largest of what the formats must know
-    found       (programs, 2 + MAXIMA) float32: sums of the squares of the direction and of the parameter, and
-                those maxima
+    measured    (n, 1 + MAXIMA + MEANS) float32: the trust ratio, the largest of what the formats must know,
+                and the means of the rule
+    found       (programs, SUMS + MAXIMA) float32: sums of the squares of the direction and of the parameter,
+    of
+                elements and their numbers for the means, and those maxima
     spans       (n, 2) int64: the rows of `found` that are of a parameter, from the first to before the second
 
 How a step is parallelised: a program takes TILE blocks of BLOCK elements of one parameter, a warp one or more
@@ -191,6 +193,7 @@ def update_program(
     BLOCK_WISE: tl.constexpr,
     ROWS: tl.constexpr,
     MAXIMA: tl.constexpr,
+    MEANS: tl.constexpr,
     load_scalars,
     load_states,
     update,
@@ -205,7 +208,10 @@ def update_program(
     i, b, inside, whole = elements_of(pid, k, rows, TILE, ALIGNED, INDEX, ROWS)
     offset = tl.multiple_of(tl.load(rows + 8 * k + 1), 16)
     block = tl.load(rows + 8 * k + 2)
-    s = load_scalars(scalars, k)
+    row = None
+    if MAX_UNORM or not BLOCK_WISE or MEANS > 0:
+        row = measured + k * (1 + MAXIMA + MEANS)
+    s = load_scalars(scalars, k, row)
     grad, used = load_grad(
         grad_address, place_of(i, strides, k, 1, DIMS), inside, scale, GRAD, ALIGNED, SKIP_ZEROS
     )
@@ -217,7 +223,7 @@ def update_program(
     old = load_states(arenas, offset, i, block, b, inside, whole)
     ratio = None
     if MAX_UNORM:
-        ratio = tl.load(measured + k * (1 + MAXIMA))
+        ratio = tl.load(row)
     param, fresh = update(old_param, grad, old, s, ratio)
     random = None
     if random_bits is not None:
@@ -233,7 +239,7 @@ def update_program(
         inside = inside & touched[:, None]
     of_parameter = None
     if not BLOCK_WISE:
-        of_parameter = measured + k * (1 + MAXIMA) + 1
+        of_parameter = row + 1
     lost = store_states(arenas, fresh, random, offset, i, block, b, inside, whole, of_parameter)
     if compensate is not None:
         param = compensate(param, lost, s)
@@ -270,8 +276,10 @@ def measure_program(
     SKIP_ZEROS: tl.constexpr,
     ROWS: tl.constexpr,
     MAXIMA: tl.constexpr,
+    MEANS: tl.constexpr,
     load_scalars,
     load_states,
+    numbers_of,
     direction,
     keep,
     store_maxima,
@@ -281,7 +289,7 @@ def measure_program(
     i, b, inside, whole = elements_of(pid, k, rows, TILE, ALIGNED, INDEX, ROWS)
     offset = tl.multiple_of(tl.load(rows + 8 * k + 1), 16)
     block = tl.load(rows + 8 * k + 2)
-    s = load_scalars(scalars, k)
+    s = load_scalars(scalars, k, None)
     grad, used = load_grad(
         grad_address, place_of(i, strides, k, 1, DIMS), inside, scale, GRAD, ALIGNED, SKIP_ZEROS
     )
@@ -290,12 +298,19 @@ def measure_program(
         pointer = tl.multiple_of(pointer, 16)
     param = tl.load(pointer + place_of(i, strides, k, 0, DIMS), inside, 0.0).to(tl.float32)
     old = load_states(arenas, offset, i, block, b, inside, whole)
-    moved, fresh = direction(param, grad, old, s)
-    moved = tl.where(used, moved, 0.0)
-    row = found + (FIRST + pid) * (2 + MAXIMA)
-    tl.store(row, tl.sum(moved * moved))
+    SUMS: tl.constexpr = 3 + MEANS if MEANS > 0 else 2
+    row = found + (FIRST + pid) * (SUMS + MAXIMA)
     tl.store(row + 1, tl.sum(param * param))
-    store_maxima(row + 2, keep(used, fresh, old))
+    if MEANS > 0:
+        tl.store(row, 0.0)
+        tl.store(row + 2, tl.sum(used.to(tl.float32)))
+        numbers_of(row + 3, param, grad, old, s, used)
+        store_maxima(row + SUMS, old)
+    else:
+        moved, fresh = direction(param, grad, old, s)
+        moved = tl.where(used, moved, 0.0)
+        tl.store(row, tl.sum(moved * moved))
+        store_maxima(row + SUMS, keep(used, fresh, old))
 
 
 @triton.jit
@@ -309,6 +324,7 @@ def finish_program(
     unorm,
     measured,
     MAXIMA: tl.constexpr,
+    MEANS: tl.constexpr,
     SCALARS: tl.constexpr,
     UNIT: tl.constexpr,
     trust_ratio,
@@ -317,8 +333,10 @@ def finish_program(
 
     Of parts of tensors, `found` is the option `totals`, a row of float64 for each, and `spans` is None.
     """
-    COLUMNS: tl.constexpr = 2 + MAXIMA
+    SUMS: tl.constexpr = 3 + MEANS if MEANS > 0 else 2
+    COLUMNS: tl.constexpr = SUMS + MAXIMA
     k = tl.program_id(0).to(tl.int64)
+    row = measured + k * (1 + MAXIMA + MEANS)
     if max_unorm is not None:
         limit = tl.load(max_unorm + k).to(tl.float64)
         unit = tl.load(scalars + k * SCALARS + UNIT)
@@ -326,23 +344,28 @@ def finish_program(
         if is_active(k, addresses, grad_scale):
             tl.store(unorm + k, (update_norm * update_norm).to(tl.float32))
         ratio = trust_ratio(limit, tl.sqrt(sum_of(found + 1, spans, k, COLUMNS)), update_norm)[0]
-        tl.store(measured + k * (1 + MAXIMA), ratio.to(tl.float32))
+        tl.store(row, ratio.to(tl.float32))
     for m in tl.static_range(MAXIMA):
-        tl.store(measured + k * (1 + MAXIMA) + 1 + m, largest_of(found + 2 + m, spans, k, COLUMNS))
+        tl.store(row + 1 + m, largest_of(found + SUMS + m, spans, k, COLUMNS))
+    if MEANS > 0:
+        count = tl.maximum(sum_of(found + 2, spans, k, COLUMNS), 1.0)
+        for m in tl.static_range(MEANS):
+            mean = sum_of(found + 3 + m, spans, k, COLUMNS) / count
+            tl.store(row + 1 + MAXIMA + m, mean.to(tl.float32))
 
 
 @triton.jit
-def total_program(addresses, grad_scale, found, spans, totals, MAXIMA: tl.constexpr):
-    """Add up what was found of one parameter: its row of `totals`, (n, 2 + MAXIMA) float64."""
-    COLUMNS: tl.constexpr = 2 + MAXIMA
+def total_program(addresses, grad_scale, found, spans, totals, SUMS: tl.constexpr, MAXIMA: tl.constexpr):
+    """Add up what was found of one parameter: its row of `totals`, (n, SUMS + MAXIMA) float64."""
+    COLUMNS: tl.constexpr = SUMS + MAXIMA
     k = tl.program_id(0).to(tl.int64)
     active = is_active(k, addresses, grad_scale)
     row = totals + k * COLUMNS
-    tl.store(row, tl.where(active, sum_of(found, spans, k, COLUMNS), 0.0))
-    tl.store(row + 1, tl.where(active, sum_of(found + 1, spans, k, COLUMNS), 0.0))
+    for m in tl.static_range(SUMS):
+        tl.store(row + m, tl.where(active, sum_of(found + m, spans, k, COLUMNS), 0.0))
     for m in tl.static_range(MAXIMA):
-        largest = largest_of(found + 2 + m, spans, k, COLUMNS)
-        tl.store(row + 2 + m, tl.where(active, largest, 0.0).to(tl.float64))
+        largest = largest_of(found + SUMS + m, spans, k, COLUMNS)
+        tl.store(row + SUMS + m, tl.where(active, largest, 0.0).to(tl.float64))
 
 
 @triton.jit

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ...ops.operator import Arguments, Modes, StepOp
-from ...rules.trace import trace_rule
 from .._inductor import PyCodeCache
 from ..launcher import AbstractLauncher, addresses
 from . import formats, source
@@ -44,7 +43,7 @@ class Launcher(AbstractLauncher):
         n, self.device = len(a.params), a.step.device
         self.places = a.places()
         self.addresses = torch.zeros(n, 2, dtype=torch.int64, device=self.device)
-        scalars = len(trace_rule(op.rule).scalar_names)
+        scalars = source.scalars_of(op)
         self.tensors |= {
             "addresses": self.addresses,
             "present": self.addresses[:, 1],
@@ -81,7 +80,7 @@ class Launcher(AbstractLauncher):
         op, modes, n = self.op, self.modes, len(self.params)
         self._begin(grads, advance=False)
         self._measure(dtype)
-        totals = torch.empty(n, 2 + op.maxima, dtype=torch.float64, device=self.device)
+        totals = torch.empty(n, op.columns, dtype=torch.float64, device=self.device)
         self._run(_kernel(source.total_kernel, op, modes), n, source.total_arguments(modes), totals=totals)
         return totals
 
@@ -165,4 +164,4 @@ class Launcher(AbstractLauncher):
             self.tensors["measured"] = empty(len(pairs), source.measured_columns(self.op))
             programs = sum(launch.programs for launch in launches)
             self.tensors["spans"] = spans(launches, len(pairs)).to(self.device)
-            self.tensors["found"] = empty(programs, 2 + self.op.maxima)
+            self.tensors["found"] = empty(programs, self.op.columns)

@@ -105,6 +105,13 @@ def print_rule(op: StepOp, fast: bool) -> str:
         body = [flag, *unpack, *before, *lines, f"return {result}, {tuple_of(fresh)}"]
         return function(name, arguments, body)
 
+    alone = names[: len(names) - len(op.rule.means)]
+    statements, numbers = write(traced.measure, ["param", "grad", *states, *alone], TRITON)
+    measured = [flag, *unpack, *statements]
+    measured += [
+        f"tl.store(row + {k}, tl.sum(tl.where(used, {number}, 0.0)))" for k, number in enumerate(numbers)
+    ]
+    measured.append("return")
     trust = ["if ratio is not None:", "    step_size = step_size * ratio"]
     return "\n".join(
         [
@@ -112,11 +119,23 @@ def print_rule(op: StepOp, fast: bool) -> str:
             printed("direction", ["param", "grad", "states", "s"], traced.direction),
             function(
                 "load_scalars",
-                ["scalars", "k"],
-                [f"row = scalars + k * {len(names)}"]
-                + [f"{name} = tl.load(row + {j})" for j, name in enumerate(names)]
+                ["scalars", "k", "measured"],
+                [f"row = scalars + k * {len(alone)}"]
+                + [f"{name} = tl.load(row + {j})" for j, name in enumerate(alone)]
+                + [
+                    line
+                    for j, name in enumerate(names[len(alone) :])
+                    for line in (
+                        f"{name} = 0.0",
+                        "if measured is not None:",
+                        f"    {name} = tl.load(measured + {1 + op.maxima + j})",
+                    )
+                ]
                 + [f"return {tuple_of(names)}"],
             ),
+            function("numbers_of", ["row", "param", "grad", "states", "s", "used"], measured)
+            if op.rule.means
+            else "",
             function(
                 "keep",
                 ["used", "fresh", "old"],
@@ -154,9 +173,14 @@ def _print_compensate(op: StepOp, compensated: Sequence[Stored], fast: bool) -> 
 # Entries: what is launched.
 
 
+def scalars_of(op: StepOp) -> int:
+    """Columns of `scalars`: those that are known beforehand."""
+    return len(trace_rule(op.rule).scalar_names) - len(op.rule.means)
+
+
 def measured_columns(op: StepOp) -> int:
-    """Columns of `measured`: the trust ratio, and what must be known of the states."""
-    return 1 + op.maxima
+    """Columns of `measured`: the trust ratio, what must be known of the states, and the means."""
+    return 1 + op.maxima + len(op.rule.means)
 
 
 def step_arguments(op: StepOp, modes: Modes, variant: Variant, measure: bool = False) -> list[str]:
@@ -210,6 +234,7 @@ def _step_entry(
         SKIP_ZEROS=modes.skip_zeros,
         ROWS=modes.rows,
         MAXIMA=op.maxima,
+        MEANS=len(op.rule.means),
         load_scalars="load_scalars",
         load_states="load_states",
         keep="keep",
@@ -268,7 +293,13 @@ def measure_kernel(
 
     `found` has a row for each program, this launch's from row `base` on.
     """
-    own = dict(found="found", FIRST=base, direction="direction", store_maxima="store_maxima")
+    own = dict(
+        found="found",
+        FIRST=base,
+        numbers_of="numbers_of" if op.rule.means else None,
+        direction="direction",
+        store_maxima="store_maxima",
+    )
     return _step_entry(op, modes, name, param_dtype, grad_dtype, variant, measure=True, **own)
 
 
@@ -296,7 +327,8 @@ def finish_kernel(op: StepOp, modes: Modes, name: str) -> str:
         unorm="unorm" if modes.max_unorm else None,
         measured="measured",
         MAXIMA=op.maxima,
-        SCALARS=len(names),
+        MEANS=len(op.rule.means),
+        SCALARS=len(names) - len(op.rule.means),
         UNIT=names.index("unit"),
         trust_ratio="trust_ratio",
     )
@@ -316,7 +348,7 @@ def total_arguments(modes: Modes) -> list[str]:
 def total_kernel(op: StepOp, modes: Modes, name: str) -> str:
     """Source of the kernel that ends the measure operator, with a program for each parameter."""
     grad_scale = "grad_scale" if modes.grad_scale else None
-    body = f"total_program(addresses, {grad_scale}, found, spans, totals, {op.maxima})"
+    body = f"total_program(addresses, {grad_scale}, found, spans, totals, {op.sums}, {op.maxima})"
     return function(name, total_arguments(modes), [body])
 
 
