@@ -57,7 +57,8 @@ def _built(name: str, op: StepOp, dtype: torch.dtype, fast: bool, sm: int, measu
     """The kernel that updates, or measures, where all accesses are vectors."""
     from bnb_compile.lowering.triton import source
 
-    modes, variant = Modes(max_unorm=measure), source.Variant(aligned=True, dims=0, long=False, fast=fast)
+    modes = Modes(max_unorm=measure and not op.rule.means, means=bool(op.rule.means))
+    variant = source.Variant(aligned=True, dims=0, long=False, fast=fast)
     given = op, modes, "kernel", dtype, dtype, variant
     text = source.measure_kernel(*given, base=0) if measure else source.step_kernel(*given)
     dtypes = source.argument_dtypes(op, modes)

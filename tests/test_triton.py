@@ -504,7 +504,7 @@ def assemble(
     op: StepOp, dtype: torch.dtype, sm: int, modes: Modes | None = None, measure: bool = False
 ) -> tuple[fake_gpu.Assembly, float]:
     """The fast kernel for tensors with vector accesses, and its instructions for each parameter."""
-    modes = modes or Modes()
+    modes = modes or Modes(means=bool(op.rule.means))
     variant = triton_lowering.Variant(aligned=True, dims=0, long=False, fast=True)
     print_kernel, base = (
         (triton_lowering.measure_kernel, [0]) if measure else (triton_lowering.step_kernel, [])
