@@ -38,7 +38,6 @@ notice; capture again after such a change.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -52,10 +51,9 @@ from torch._library.opaque_object import MemberType, register_opaque_type
 from torch._opaque_base import OpaqueBase
 
 from .. import backends
-from ..formats import Stored, ratio, stored_as
+from ..formats import Stored, stored_as
 from ..ops.operator import Modes
 from ..ops.step import step_op
-from ..rules import Rule
 from ..state import paging
 from ..state.bucket import Bucket, Kind
 from ..state.checkpoint import Numbers
@@ -65,6 +63,7 @@ from ..state.sharding import check_whole, ends_with_rows, geometry_of, has_block
 from ..state.structure import Structure, Wanted
 from ..state.watched import States
 from .base import AbstractOptimizer
+from .fitting import check_options, check_ratios
 from .manager import GlobalOptimManager
 from .options import ARGS, OF_BITS, PAGED_SIZE, check_args, format_of
 
@@ -272,7 +271,7 @@ class Changes(OpaqueBase):
     def _write(self, k: int, source: Source) -> None:
         values = self._values(source)
         for bucket, _ in source.rows:
-            _check_ratios(bucket.op.rule, bucket.op.stored, {}, values)
+            check_ratios(bucket.op.rule, bucket.op.stored, {}, values)
         for bucket, rows in source.rows:
             bucket.hyper.write(k, rows, values)
         self._written[k] = _key(values)
@@ -364,7 +363,7 @@ class Changes(OpaqueBase):
         rule = self.optimizer.family.rule(config)
         stored = stored_as(config["states"] or OF_BITS[config["optim_bits"]], rule.states)
         if any(one.over is not None for one in stored):
-            _check_ratios(rule, stored, config, self.optimizer.family.hyper(config))
+            check_ratios(rule, stored, config, self.optimizer.family.hyper(config))
 
     def kind(self, config: Mapping[str, Any], param: Tensor) -> Kind:
         """What bucket a parameter is for."""
@@ -373,21 +372,11 @@ class Changes(OpaqueBase):
             _check_release(optimizer)
         rule = optimizer.family.rule(config)
         op = step_op(rule, format_of(config, param.numel(), has_blocks(param)))
-        if rule.has_update and config["max_unorm"] > 0:
-            raise ValueError(
-                f"max_unorm={config['max_unorm']}, must be 0: rule {rule.name} has an update, no "
-                "part of which is a direction that a trust ratio could measure"
-            )
         clipped = config["percentile_clipping"] < 100
         stochastic = optimizer.bf16_stochastic_round and param.dtype == torch.bfloat16
-        if rule.means and (config["max_unorm"] > 0 or not (config["block_wise"] or not op.shared_in_blocks)):
-            raise ValueError(
-                f"max_unorm={config['max_unorm']}, block_wise={config['block_wise']}: must be 0 and True, as "
-                f"rule {rule.name} takes means over a parameter, and what those two need is known only when "
-                "the means are"
-            )
+        check_options(rule, config, op.shared_in_blocks)
         if op.has_ratios:
-            _check_ratios(rule, op.stored, config, optimizer.family.hyper(optimizer.family.checked(config)))
+            check_ratios(rule, op.stored, config, optimizer.family.hyper(optimizer.family.checked(config)))
         modes = Modes(
             grad_scale=clipped or optimizer.max_grad_norm is not None or optimizer._step_supports_amp_scaling,
             max_unorm=config["max_unorm"] > 0,
@@ -511,41 +500,6 @@ def _numbers(numbers: Numbers, stored: Sequence[Stored]) -> Numbers:
     if all(len({formats[state] for state in members}) == 1 for members in numbers):
         return numbers
     return tuple((state,) for state in sorted(formats))
-
-
-def _check_ratios(
-    rule: Rule, stored: Sequence[Stored], config: Mapping[str, Any], values: Sequence[Any]
-) -> None:
-    """Raise if a state cannot be stored as its ratio to the root of another.
-
-    Args:
-        rule: The rule.
-        stored: How its states are stored.
-        config: Options of a parameter.
-        values: Of the rule's hyperparameters; what is in a tensor is not looked at.
-
-    Raises:
-        ValueError: If a block shall not have its own scale, or the ratio has no bound.
-    """
-    named = dict(zip(rule.hyper._fields, values))
-    for one in stored:
-        state = rule.states[one.state]
-        if one.over is None or state.decays is None:
-            continue
-        if not config.get("block_wise", True):
-            raise ValueError(
-                f"block_wise=False, must be True where {state.name} is stored as a ratio "
-                f"({one.format.name}), of which each block has its own scale"
-            )
-        (mean, decay), (squares, decay_over) = ((name, named[name]) for name in state.decays)
-        if isinstance(decay, Tensor) or isinstance(decay_over, Tensor):
-            continue
-        if ratio.most(float(decay), float(decay_over)) == math.inf:
-            raise ValueError(
-                f"{mean}={decay}, {squares}={decay_over}: must have {mean}**2 < {squares} where {state.name} "
-                f"is stored as its ratio to the root of {state.over} ({one.format.name}), which has no bound "
-                'otherwise; states="dynamic8" takes any'
-            )
 
 
 def _check_release(optimizer: AbstractOptimizer) -> None:
