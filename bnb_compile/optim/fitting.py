@@ -26,8 +26,8 @@ def check_options(rule: Rule, config: Mapping[str, Any], shared_in_blocks: bool)
     limited = config["max_unorm"] > 0
     if rule.has_update and limited:
         raise ValueError(
-            f"max_unorm={config['max_unorm']}, must be 0: rule {rule.name} has an update, no part of which is "
-            "a direction that a trust ratio could measure"
+            f"max_unorm={config['max_unorm']}, must be 0: rule {rule.name} has an update, no part of which "
+            "is a direction that a trust ratio could measure"
         )
     if rule.means and (limited or (shared_in_blocks and not config["block_wise"])):
         raise ValueError(
