@@ -30,6 +30,12 @@ import own_optimizer as own
 
 pytestmark = pytest.mark.quick
 
+
+@pytest.fixture(autouse=True)
+def no_recompile_limits_across_tests() -> None:
+    torch._dynamo.reset()
+
+
 # -- the examples, beside their authors' formulas in float64
 
 

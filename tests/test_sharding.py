@@ -286,7 +286,7 @@ def test_what_columns_have_saved_other_meshes_load(on_one: dict, tmp_path: Any) 
                 if name == "AdamW32" or (a.dim() == 2 and a.shape[1] % 512 == 0) or a.dim() == 1:
                     assert torch.equal(a, e), (name, a.shape, mesh_name)
                 else:
-                    bound = 0.15 if name == "ratio4" else 5e-2
+                    bound = 0.35 if name == "ratio4" else 5e-2  # of 4 bits, encoded once more
                     assert (a - e).float().norm() <= bound * (e - x).float().norm(), (
                         name,
                         a.shape,

@@ -25,6 +25,12 @@ from bnb_compile.rules import ADAM, NEAREST
 
 pytestmark = pytest.mark.quick
 
+
+@pytest.fixture(autouse=True)
+def no_recompile_limits_across_tests() -> None:
+    torch._dynamo.reset()
+
+
 LOW = ("dynamic8", "float8", "dynamic8sr", "ratio8", "ratio4_8", "ratio4")
 RATIOS = LOW[3:]
 each_low = pytest.mark.parametrize("states", LOW)
