@@ -148,40 +148,40 @@ Measured<Storage::MAXIMA> update_block(
     return as_numbers(round_bits(as_integers(fresh_param), random(i)));
   };
   const auto update_at = [&](auto checked, int group, int i) {
-      const V old_param = read(param + i);
-      V old[Rule::STATES + 1], fresh[Rule::STATES + 1];
-      ((old[F] = std::get<F>(states).decode(group, i, old)), ...);
-      for (int k = 0; k < Rule::STATES; k++) fresh[k] = old[k];
-      V fresh_param = old_param;
-      const V grad_f32 = GRAD_SCALE ? read(grad + i) * scale : read(grad + i);
-      V direction(0.f);
-      if constexpr (MEASURE && MEANS) {
-        V numbers[Rule::MEANS + 1], counted(1.f);
-        Rule::measure(old_param, grad_f32, old, s, numbers);
-        if constexpr (checked) counted = V::blendv(V(0.f), counted, usable(grad_f32));
-        sums[0] = sums[0] + counted;
-        for (int k = 0; k < Rule::MEANS; k++)
-          sums[k + 1] = sums[k + 1] + (checked ? V::blendv(V(0.f), numbers[k], usable(grad_f32)) : numbers[k]);
-      } else if constexpr (MEASURE && MAX_UNORM) {
-        direction = Rule::direction(old_param, grad_f32, fresh, s);
-      } else {
-        Rule::update(fresh_param, grad_f32, fresh, s);
-        if constexpr (!Storage::COMPENSATED) fresh_param = rounded(i, fresh_param);
-      }
-      if constexpr (checked) {
-        const V used = usable(grad_f32);
-        if constexpr (!Storage::COMPENSATED) fresh_param = V::blendv(old_param, fresh_param, used);
-        direction = V::blendv(V(0.f), direction, used);
-        for (int k = 0; k < Rule::STATES; k++) fresh[k] = V::blendv(old[k], fresh[k], used);
-      }
-      if constexpr (MEASURE) {
-        update_squares = at::vec::fmadd(direction, direction, update_squares);
-        param_squares = at::vec::fmadd(old_param, old_param, param_squares);
-        ((Storage::over(F) < 0 ? std::get<F>(states).measure(group, fresh[F]) : void()), ...);
-      } else {
-        Storage::COMPENSATED ? fresh_param.store(moved + i) : write(fresh_param, param + i);
-        (std::get<F>(states).keep(group, i, fresh[F]), ...);
-      }
+    const V old_param = read(param + i);
+    V old[Rule::STATES + 1], fresh[Rule::STATES + 1];
+    ((old[F] = std::get<F>(states).decode(group, i, old)), ...);
+    for (int k = 0; k < Rule::STATES; k++) fresh[k] = old[k];
+    V fresh_param = old_param;
+    const V grad_f32 = GRAD_SCALE ? read(grad + i) * scale : read(grad + i);
+    V direction(0.f);
+    if constexpr (MEASURE && MEANS) {
+      V numbers[Rule::MEANS + 1], counted(1.f);
+      Rule::measure(old_param, grad_f32, old, s, numbers);
+      if constexpr (checked) counted = V::blendv(V(0.f), counted, usable(grad_f32));
+      sums[0] = sums[0] + counted;
+      for (int k = 0; k < Rule::MEANS; k++)
+        sums[k + 1] = sums[k + 1] + (checked ? V::blendv(V(0.f), numbers[k], usable(grad_f32)) : numbers[k]);
+    } else if constexpr (MEASURE && MAX_UNORM) {
+      direction = Rule::direction(old_param, grad_f32, fresh, s);
+    } else {
+      Rule::update(fresh_param, grad_f32, fresh, s);
+      if constexpr (!Storage::COMPENSATED) fresh_param = rounded(i, fresh_param);
+    }
+    if constexpr (checked) {
+      const V used = usable(grad_f32);
+      if constexpr (!Storage::COMPENSATED) fresh_param = V::blendv(old_param, fresh_param, used);
+      direction = V::blendv(V(0.f), direction, used);
+      for (int k = 0; k < Rule::STATES; k++) fresh[k] = V::blendv(old[k], fresh[k], used);
+    }
+    if constexpr (MEASURE) {
+      update_squares = at::vec::fmadd(direction, direction, update_squares);
+      param_squares = at::vec::fmadd(old_param, old_param, param_squares);
+      ((Storage::over(F) < 0 ? std::get<F>(states).measure(group, fresh[F]) : void()), ...);
+    } else {
+      Storage::COMPENSATED ? fresh_param.store(moved + i) : write(fresh_param, param + i);
+      (std::get<F>(states).keep(group, i, fresh[F]), ...);
+    }
   };
   const auto update = [&](auto checked) {
     for (int group = 0; group < BLOCK; group += Storage::GROUP)
