@@ -298,6 +298,10 @@ def branch(param: Tensor, grad: Tensor, exp_avg: Tensor, s: Scalars) -> tuple:
     return -grad, exp_avg
 
 
+def doubles(param: Tensor, grad: Tensor, exp_avg: Tensor, s: Scalars) -> tuple:
+    return grad.double().sqrt().float(), exp_avg
+
+
 OUTSIDE = torch.tensor(2.0)
 
 
@@ -319,6 +323,7 @@ def shapes(param: Tensor, grad: Tensor, exp_avg: Tensor, s: Scalars) -> tuple:
 
 WRONG = {
     "an operation that no kernel has": (sine, NotImplementedError, "sin.*may use abs, add", "half.sin()"),
+    "another dtype": (doubles, NotImplementedError, "may use abs, add", "grad.double()"),
     "a branch": (branch, ValueError, "branch with torch.where", "if (grad > 0)"),
     "a tensor from outside": (captured, ValueError, "uses a tensor from outside", "grad * OUTSIDE"),
     "a state that is not returned": (

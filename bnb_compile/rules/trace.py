@@ -176,7 +176,10 @@ def trace(
             raise ValueError(f"{_begin_of(origin)}: {_name_of(origin)} {_OUTSIDE}")
         if node.op != "call_function" or is_constant(node):
             continue
-        if node.target not in OPERATIONS or not node.kwargs.keys() <= _OWN_KEYWORDS.get(node.target, set()):
+        known = node.target in OPERATIONS and node.kwargs.keys() <= _OWN_KEYWORDS.get(node.target, set())
+        # Between the two that kernels compute with, and no others.
+        casts = OPERATIONS.get(node.target) in ("bits", "convert")
+        if not known or (casts and not {*dtypes, node.meta["val"].dtype} <= {torch.float32, torch.int32}):
             allowed = sorted({*OPERATIONS.values()} - OF_INTEGERS)
             line = _line_of_operation(function, dtypes, node.target, origin)
             text = f"{node.format_node()}: a rule may use {', '.join(allowed)}"
