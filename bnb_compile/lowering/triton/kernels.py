@@ -228,9 +228,9 @@ def update_program(
     random = None
     if random_bits is not None:
         random = random_bits(index_of(i, k, rows, ROWS), tl.load(step + k).to(tl.int32))[0]
-    fresh = keep(used, fresh, old)
     if compensate is None:
         store_param(pointer, param, old_param, used, inside, random, PARAM, round_bits)
+    fresh = keep(used, fresh, old)
     of_param = inside
     if SKIP_ZEROS and BLOCK_WISE:
         # Encoding a block anew may change it, so one without any gradient is left alone.
