@@ -251,7 +251,9 @@ def test_no_step_of_10_000_is_much_larger_than_one_of_torch(states: str) -> None
     found, exact = (formats.displacement(name, 2, 10_000) for name in (states, "float32"))
     allowed = 3 if FORMATS[states].bits < 8 else 1.3
     for case, result in found.items():
-        if "dynamic8" not in states or case != "log4":
+        # What docs/numerics.md says of them.
+        excepted = ("dynamic8" in states and case == "log4") or (states == "ratio4" and ".95" in case)
+        if not excepted:
             assert result["worst"] <= allowed * exact[case]["worst"], case
 
 
