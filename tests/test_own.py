@@ -571,3 +571,44 @@ def test_what_cannot_go_with_means_raises() -> None:
     with pytest.raises(ValueError, match="takes the means \\['agreement'\\] already"):
         clipped_update(NormalisedAdamW.rule)
     assert cautious(Clipped.rule).means == Clipped.rule.means
+
+
+def test_what_a_hostile_user_found() -> None:
+    def define(**changed: Any) -> Any:
+        given = dict(name="hostile", hyper=Hyper, states=(), scalars=scalars, direction=plain)
+        return bnb.optimizer(Rule(**{**given, **changed}))
+
+    def masks(param: Tensor, grad: Tensor, s: Scalars) -> tuple:
+        return ((grad > 0) * grad,)
+
+    class Option(NamedTuple):
+        lr: float = 1.0
+        max_grad_norm: float = 0.5
+
+    with pytest.raises(NotImplementedError, match="mul.*may use abs, add"):
+        define(direction=masks)
+    with pytest.raises(ValueError, match="'max_grad_norm' cannot be a hyperparameter"):
+        define(hyper=Option)
+    for state in (
+        State("m", initial=math.nan),
+        State("m", initial="params"),
+        State("m", nonnegative=True, initial=-1.0),
+    ):
+        with pytest.raises(ValueError, match="m has initial="):
+            define(states=(state,), direction=forgets)
+
+
+def test_a_copy_keeps_the_rule_that_it_was_made_of() -> None:
+    def define(factor: float) -> Any:
+        def direction(param: Tensor, grad: Tensor, s: Scalars) -> tuple:
+            return (factor * grad,)
+
+        return bnb.optimizer(Rule("copied", Hyper, (), scalars, direction))
+
+    param = nn.Parameter(torch.zeros(8))
+    opt = define(1.0)([param], lr=1.0)
+    define(2.0)
+    again, other = copy.deepcopy((opt, param))
+    other.grad = torch.ones(8)
+    again.step()
+    assert (other == -1).all()

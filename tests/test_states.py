@@ -605,3 +605,32 @@ def test_released_gradients_step_the_same() -> None:
 
     for one, other in zip(trained(), trained(release_gradients=True)):
         assert torch.equal(one, other)
+
+
+# -- what users do to them ---------------------------------------------------------------------------------
+
+
+def test_a_float_state_that_is_assigned_is_taken_over_once() -> None:
+    """Where the format has no key of that name it must not stay, as it would be loaded instead of the codes."""
+    opt, param = started("ratio4", 3)
+    given = -10 * moments(opt)[0].view_as(param)
+    opt.state[param]["state1"] = given
+    run(opt, [param], 1)
+    assert set(opt.state[param]) == KEYS["ratio4"] | {"step"}
+    assert (moments(opt)[0] - 0.9 * given.view(-1)).norm() < 0.3 * given.norm()
+
+
+@each_ratio
+def test_ends_that_are_exchanged_raise(states: str) -> None:
+    opt, param = started(states)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0]["high2"].zero_()
+    with pytest.raises(ValueError, match="low2 has numbers that are above those of high2"):
+        opt.load_state_dict(saved)
+
+
+def test_bits_that_are_said_nearer_count_more_than_a_format() -> None:
+    params = [nn.Parameter(torch.randn(5000)) for _ in range(3)]
+    opt = AdamW([{"params": params[:2]}, {"params": params[2:], "optim_bits": 8}], states="ratio4")
+    optim.GlobalOptimManager.get_instance().override_config(params[0], "optim_bits", 32)
+    assert [row["format"] for row in opt.precision_report()] == ["float32", "ratio4", "dynamic8"]

@@ -13,12 +13,13 @@ upwards, by at most a few per cent with 8 bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import backends
 from .arena import BLOCK, Part
 from .format import AbstractFormat
 
@@ -79,6 +80,12 @@ class Logarithmic(AbstractFormat):
         high = torch.maximum(high, low + (_LOW_HALF + 1))
         low = torch.maximum(low, high - (self.octaves << 23))
         return [torch.where(greatest > 0, x.view(torch.float32), 0.0) for x in (low, high)]
+
+    def _checked(self, saved: Mapping[str, Any], number: int, numel: int) -> tuple[dict[str, Tensor], int]:
+        parts, row = super()._checked(saved, number, numel)
+        if not backends.replaces_tensors() and bool((parts["low"] > parts["high"]).any()):
+            raise ValueError(f"low{number} has numbers that are above those of high{number}")
+        return parts, row
 
     def encode(self, state: Tensor, shared: Sequence[Tensor], noise: Any) -> Sequence[Tensor]:
         """See `AbstractFormat`."""

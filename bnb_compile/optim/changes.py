@@ -350,7 +350,11 @@ class Changes(OpaqueBase):
         """A parameter's hyperparameters and checked options, with its overrides."""
         if override is None:
             override = self._overrides.get(id(param), {})
-        config = {**vars(self.optimizer.args), **group, **override}
+        config = dict(vars(self.optimizer.args))
+        for closer in (group, override):
+            if "optim_bits" in closer and "states" not in closer:
+                config["states"] = None  # which would count more than bits, although it was said further away
+            config.update(closer)
         return {**config, **check_args({key: config[key] for key in ARGS})}
 
     def check(self, group: Mapping[str, Any]) -> None:

@@ -10,11 +10,12 @@ from ..rules import ALL, Rule
 from .family import FAMILIES, Family, add_family
 from .manager import allow_overrides
 from .optimizer import Optimizer8bit
+from .options import Options
 
 #: Rules that have been made classes, by name.
 _OWN: dict[str, Rule] = {}
-#: Keys of a group that are not a rule's.
-_TAKEN = frozenset({"params", "betas", "param_names"})
+#: Keys of a group, or arguments, that are not a rule's.
+_TAKEN = frozenset({"params", "betas", "param_names", "initial_lr", *Options.__annotations__})
 
 
 def optimizer(rule: Rule, name: str | None = None) -> type[Optimizer8bit]:

@@ -182,7 +182,9 @@ def setstate(optimizer: AbstractOptimizer, state: dict[str, Any]) -> None:
         GlobalOptimManager.get_instance().override_config(param, key_value_dict=config)
     for option in ("release_gradients", "previous_norm"):
         state.setdefault(option, False)  # saved before there was such an option
-    family, entries, norm = FAMILIES[state.pop("family")], state.pop("state"), state.pop(NORM, 0.0)
+    by_name, entries, norm = FAMILIES[state.pop("family")], state.pop("state"), state.pop(NORM, 0.0)
+    # A class of a rule has its own, also when a newer one has its name.
+    family = getattr(type(optimizer), "family", by_name)
     torch.optim.Optimizer.__setstate__(optimizer, {**state, "family": family})
     optimizer.begin()
     optimizer.norms.norm = norm

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import keyword
+import math
 import re
 import threading
 import traceback
@@ -179,6 +180,9 @@ def trace(
         known = node.target in OPERATIONS and node.kwargs.keys() <= _OWN_KEYWORDS.get(node.target, set())
         # Between the two that kernels compute with, and no others.
         casts = OPERATIONS.get(node.target) in ("bits", "convert")
+        # A comparison is a mask, not a number: it only chooses.
+        masks = [x for x in node.all_input_nodes if x.meta["val"].dtype == torch.bool]
+        known = known and (not masks or node.target is aten.where.self)
         if not known or (casts and not {*dtypes, node.meta["val"].dtype} <= {torch.float32, torch.int32}):
             allowed = sorted({*OPERATIONS.values()} - OF_INTEGERS)
             line = _line_of_operation(function, dtypes, node.target, origin)
@@ -297,6 +301,17 @@ def trace_rule(rule: Rule) -> TracedRule:
     for state in rule.states:
         if (state.over is None) != (state.decays is None) or (state.impulse and state.over is None):
             raise ValueError(f"rule {rule.name}: {state.name} must have both over and decays, or neither")
+        begin = state.initial
+        if begin != "param" and not (isinstance(begin, (int, float)) and math.isfinite(begin)):
+            raise ValueError(
+                f"rule {rule.name}: {state.name} has initial={begin!r}, must be a finite number or 'param'"
+            )
+        below = begin == "param" or float(begin) < 0
+        if (state.nonnegative and below) or (state.over is not None and begin != 0):
+            raise ValueError(
+                f"rule {rule.name}: {state.name} has initial={begin!r}, must be at least 0 if nonnegative, "
+                "and 0 if it is over another state"
+            )
         if state.over is not None and state.over not in of_states:
             raise ValueError(f"rule {rule.name}: {state.name} is over {state.over!r}, which is no state")
     twice = {name for name in of_states if [*of_states, *shared._fields].count(name) > 1}

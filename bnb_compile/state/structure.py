@@ -13,7 +13,7 @@ from ..formats import Geometry
 from ..rules import Rule
 from ..validate import number
 from .bucket import Bucket, Kind
-from .checkpoint import MOST_STEPS, SavedState, decode, flatten, is_own_key, read_state
+from .checkpoint import MOST_STEPS, SavedState, decode, flatten, is_own_key, read_state, stem_of
 from .watched import Entry, States
 
 
@@ -306,6 +306,14 @@ class Structure:
             return True
         view = bucket.views(k).get(key)
         if view is None:
+            if is_own_key(key):
+                # Of another format: it stands for the state until it is taken over, and is not shown then.
+                number = key[len(stem_of(key)) :]
+                for other in [k for k in entry if is_own_key(k) and k[len(stem_of(k)) :] == number]:
+                    if number:
+                        dict.__delitem__(entry, other)
+                entry.replaced = True
+                self.touched.add(id(bucket.params[k]))
             return False
         if not entry.replaced and self._copied(place, key, view, value):
             return True
