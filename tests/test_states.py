@@ -611,7 +611,7 @@ def test_released_gradients_step_the_same() -> None:
 
 
 def test_a_float_state_that_is_assigned_is_taken_over_once() -> None:
-    # -- what users do to them --------------------------------------------------------------------------
+    """Where the format has no key of that name it must not stay: it would be loaded instead of codes."""
     opt, param = started("ratio4", 3)
     given = -10 * moments(opt)[0].view_as(param)
     opt.state[param]["state1"] = given
