@@ -17,12 +17,16 @@ from torch import Tensor, nn
 import bnb_compile as bnb
 from bnb_compile import Rule, State, backends, export
 from bnb_compile.rules import (
+    ADAGRAD,
     ADAM,
     ALL,
+    LION,
     cautious,
     clipped_update,
     coupled_weight_decay,
     decoupled_weight_decay,
+    error_feedback,
+    mars,
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -501,7 +505,13 @@ def test_a_transformed_rule_of_a_user_is_a_part_of_the_disk_caches_key() -> None
 
 # -- means over a parameter ----------------------------------------------------------------------------------
 
-NormalisedAdamW = bnb.optimizer(cautious(ADAM, normalised=True), name="NormalisedAdamW")
+
+def new_mean(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: Any) -> Tensor:
+    """What has the sign of Adam's direction."""
+    return s.beta1 * exp_avg + s.one_minus_beta1 * grad
+
+
+NormalisedAdamW = bnb.optimizer(cautious(ADAM, normalised=True, sign=new_mean), name="NormalisedAdamW")
 Clipped = bnb.optimizer(clipped_update(ADAM, limit=0.5), name="Clipped")
 SHAPES = [(300,), (5, 7), (1,), (257,), (40, 33)]
 
@@ -559,6 +569,112 @@ def test_means_with_few_bits_are_the_same_eager_and_compiled(states: str) -> Non
         run(opt, param, gradients(1))
         found.append(param.detach())
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+MARS = bnb.optimizer(mars(ADAM), name="MARS")
+MarsLion = bnb.optimizer(mars(LION, clipped=False), name="MarsLion")
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled", "captured"])
+@pytest.mark.parametrize("cls", [MARS, MarsLion])
+def test_mars_is_its_authors_formula(cls: Any, way: str) -> None:
+    torch.manual_seed(0)
+    h = dict(lr=1e-2, beta1=0.95, beta2=0.99, weight_decay=0.1, gamma=0.025)
+    begin = [torch.randn(shape) for shape in SHAPES]
+    # The norms of some are above 1, of others below.
+    grads = [[torch.randn(shape) * 0.05 for shape in SHAPES] for _ in range(5)]
+    params = [nn.Parameter(x.clone()) for x in begin]
+    opt = cls(params, **h, compile=way != "eager")
+    step = torch.compile(opt.step, fullgraph=True) if way == "captured" else opt.step
+    for of_step in grads:
+        for param, grad in zip(params, of_step):
+            param.grad = grad.clone()
+        step()
+    for k, (param, p) in enumerate(zip(params, begin)):
+        p, m, v, last = p.double(), *torch.zeros(3, *p.shape).double()
+        for t, of_step in enumerate(grads, 1):
+            g = of_step[k].double()
+            c, last = (g - last) * (h["gamma"] * h["beta1"] / (1 - h["beta1"])) + g, g
+            if cls is MarsLion:  # which the authors clip, too
+                u = torch.lerp(c, m, h["beta1"]).sign()
+                m = torch.lerp(c, m, h["beta2"])
+            else:
+                c = c / c.norm().clamp(min=1)
+                m, v = torch.lerp(c, m, h["beta1"]), torch.lerp(c * c, v, h["beta2"])
+                u = m / (((v / (1 - h["beta2"] ** t)).sqrt() + 1e-8) * (1 - h["beta1"] ** t))
+            p = p - h["lr"] * (h["weight_decay"] * p + u)
+        torch.testing.assert_close(param.double(), p, rtol=5e-6, atol=2e-6)
+
+
+EcoAdamW = bnb.optimizer(error_feedback(ADAM), name="EcoAdamW")
+ECO_HYPER = dict(lr=1e-4, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+
+
+def test_error_feedback_is_its_authors_formula() -> None:
+    torch.manual_seed(0)
+    h, begin = ECO_HYPER, torch.randn(3000).bfloat16()
+    param = nn.Parameter(begin.clone())
+    opt = EcoAdamW([param], **h, optim_bits=32)
+    p, m, v = begin.double(), *torch.zeros(2, 3000).double()
+    for t, grad in enumerate(gradients(5), 1):
+        param.grad = grad.bfloat16()
+        opt.step()
+        g = param.grad.double()
+        m, v = torch.lerp(g, m, h["beta1"]), torch.lerp(g * g, v, h["beta2"])
+        root = (v / (1 - h["beta2"] ** t)).sqrt() + h["eps"]
+        moved = p * (1 - h["lr"] * h["weight_decay"]) - h["lr"] * m / (1 - h["beta1"] ** t) / root
+        # Where float32 and float64 are on two sides of a half, both are right.
+        p = torch.where(((moved - param) / param).abs() < 2**-8 + 1e-6, param.detach().double(), math.nan)
+        unit = (1 - h["beta1"] ** t) * root / h["lr"]
+        m = m + unit * (1 - 1 / h["beta1"]) * (moved - p)
+    found = opt.state[param]
+    torch.testing.assert_close(found["state1"].double(), m, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found["state2"].double(), v, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("states", ["float32", "dynamic8", "ratio8"])
+def test_error_feedback_moves_what_rounding_would_not(states: str) -> None:
+    """Steps of 1e-3 are below half of the spacing of bfloat16 from 1 on, 2^-8."""
+    torch.manual_seed(0)
+    grads = [1 + 0.5 * torch.randn(4096) for _ in range(300)]
+    moved: dict[Any, list[float]] = {bnb.optim.AdamW: [], EcoAdamW: []}
+    for cls, found in moved.items():
+        param = nn.Parameter(torch.full((4096,), 1.5, dtype=torch.bfloat16))
+        opt = cls([param], lr=1e-3, weight_decay=0.0, states=states, min_8bit_size=1)
+        for grad in grads:
+            param.grad = grad.bfloat16()
+            opt.step()
+            found.append(1.5 - param.detach().float().mean().item())
+    assert moved[bnb.optim.AdamW][-1] == 0
+    # A step of AdamW is 1e-3 / sqrt(1.25). The momentum must grow before the first one.
+    found = moved[EcoAdamW]
+    assert found[-1] - found[149] == pytest.approx(150e-3 / math.sqrt(1.25), rel=0.05)
+
+
+@pytest.mark.parametrize("states", ["float32", "ratio8"])
+def test_error_feedback_is_the_same_eager_compiled_and_captured(states: str) -> None:
+    found = []
+    for way in ("eager", "compiled", "captured"):
+        torch.manual_seed(0)
+        param = nn.Parameter(torch.randn(3000).bfloat16())
+        opt = EcoAdamW([param], **ECO_HYPER, states=states, min_8bit_size=1, compile=way != "eager")
+        step = torch.compile(opt.step, fullgraph=True) if way == "captured" else opt.step
+        for grad in gradients(3):
+            param.grad = grad.bfloat16()
+            step()
+        found.append((param.detach().float(), opt.state[param]["state1"]))
+    assert torch.equal(found[1][0], found[2][0]) and torch.equal(found[1][1], found[2][1])
+    near = (found[0][0] - found[1][0]).abs() <= 2**-8 * found[0][0].abs()
+    assert near.all() and (found[0][0] == found[1][0]).double().mean() > 0.995
+
+
+def test_error_feedback_is_for_bfloat16_only() -> None:
+    with pytest.raises(ValueError, match="of torch.float32, must be of torch.bfloat16, to which rule error"):
+        EcoAdamW([nn.Parameter(torch.ones(8))]).init_state()
+    with pytest.raises(ValueError, match="lion: must have a state with an impulse"):
+        error_feedback(LION)
+    with pytest.raises(ValueError, match="adagrad: must have a hyperparameter beta1"):
+        mars(ADAGRAD)
 
 
 def test_what_cannot_go_with_means_raises() -> None:

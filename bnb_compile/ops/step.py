@@ -56,6 +56,8 @@ def _mistakes(op: StepOp, a: Arguments) -> Iterator[str]:
         found = {x.dtype for x in tensors if x is not None}
         if len(found) > 1 or not found <= set(PARAM_DTYPES):
             yield f"{what} are of {found}, must be of one dtype of {PARAM_DTYPES}"
+    if op.rule.rounds_to not in (None, a.params[0].dtype):
+        yield f"params are of {a.params[0].dtype}, must be of {op.rule.rounds_to}, to which the rule rounds"
     yield from a.options.mistakes()
     if op.rule.means and (a.options.max_unorm is not None or not a.options.block_wise):
         yield (
@@ -189,9 +191,9 @@ def measure(op: StepOp, a: Arguments) -> Tensor:
     """What a step must know of whole parameters before it updates one.
 
     Returns:
-        Tensor: ``(n, op.columns)`` float64: sums of the squares of the direction (without means) and of the
-        parameter; if the rule takes means, the number of elements whose gradient is used, and the sums over
-        them; and the largest of the formats' magnitudes. Zeros for a parameter without a gradient.
+        Tensor: ``(n, op.columns)`` float64: sums of the squares of the direction and of the parameter; if the
+        rule takes means, the number of elements whose gradient is used, and the sums over them; and the
+        largest of the formats' magnitudes. Zeros for a parameter without a gradient, and beside means.
     """
     rows = []
     for k, slot in enumerate(a.places().slots):
@@ -201,20 +203,20 @@ def measure(op: StepOp, a: Arguments) -> Tensor:
             e = _elements(op, a, k, slot, a.step[k] + (1 if scale is None else scale))
             s = _as_float32(e.scalars)
             if op.rule.means:
-                kept = list(e.states)
-                found = [_squares(e.param) * 0, _squares(e.param), e.usable.double().sum()]
-                for _, number in op.rule.means:
-                    found.append(
-                        torch.where(e.usable, number(e.param, e.grad, *e.states, s), 0.0).double().sum()
-                    )
+                row[2] = e.usable.double().sum()
+                for m, (_, number) in enumerate(op.rule.means):
+                    numbers = number(e.param, e.grad, *e.states, s)
+                    row[3 + m] = torch.where(e.usable, numbers, 0.0).double().sum()
             else:
                 moved, *fresh = op.rule.direction(e.param, e.grad, *e.states, s)
                 kept = [torch.where(e.usable, new, old) for new, old in zip(fresh, e.states)]
                 found = [_squares(torch.where(e.usable, moved, 0.0)), _squares(e.param)]
-            for stored in op.stored:
-                magnitudes = () if stored.over is not None else stored.format.magnitudes(kept[stored.state])
-                found += [torch.cat([x, x.new_zeros(1)]).amax().double() for x in magnitudes]
-            row = torch.stack(found)
+                for stored in op.stored:
+                    magnitudes = (
+                        () if stored.over is not None else stored.format.magnitudes(kept[stored.state])
+                    )
+                    found += [torch.cat([x, x.new_zeros(1)]).amax().double() for x in magnitudes]
+                row = torch.stack(found)
         rows.append(row)
     return torch.stack(rows)
 
@@ -239,7 +241,8 @@ def update(op: StepOp, a: Arguments) -> None:
             s = s._replace(step_size=(scalars.step_size * ratio).float())
         if op.rule.means:
             count = totals[k, 2].clamp(min=1)
-            s = op.rule.with_means(s, [(x / count).float() for x in totals[k, 3 : op.sums]])
+            means = [x / count for x in totals[k, 3 : op.sums]]
+            s = op.rule.with_measured(s, [x.float() for x in (*means, count)])
         param, *new = op.rule.update(e.param, e.grad, *e.states, s)
         states = [torch.where(e.usable, n, o) for n, o in zip(new, e.states)]
         random = noise = None

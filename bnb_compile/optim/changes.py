@@ -378,7 +378,7 @@ class Changes(OpaqueBase):
         op = step_op(rule, format_of(config, param.numel(), has_blocks(param)))
         clipped = config["percentile_clipping"] < 100
         stochastic = optimizer.bf16_stochastic_round and param.dtype == torch.bfloat16
-        check_options(rule, config, op.shared_in_blocks)
+        check_options(rule, config, op.shared_in_blocks, param.dtype)
         if op.has_ratios:
             check_ratios(rule, op.stored, config, optimizer.family.hyper(optimizer.family.checked(config)))
         modes = Modes(

@@ -6,23 +6,30 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..formats import Stored, ratio
 from ..rules import Rule
 
 
-def check_options(rule: Rule, config: Mapping[str, Any], shared_in_blocks: bool) -> None:
+def check_options(rule: Rule, config: Mapping[str, Any], shared_in_blocks: bool, dtype: torch.dtype) -> None:
     """Raise if a rule cannot have some options.
 
     Args:
         rule: The rule.
         config: Options of a parameter.
+        dtype: Of the parameter.
         shared_in_blocks: Whether its states share something in blocks.
 
     Raises:
-        ValueError: If a trust ratio has no direction to measure, or what an option needs is known too late.
+        ValueError: If a trust ratio has no direction to measure, or what an option needs is known too late,
+            or the rule is for parameters of another dtype.
     """
+    if rule.rounds_to not in (None, dtype):
+        raise ValueError(
+            f"a parameter of {dtype}, must be of {rule.rounds_to}, to which rule {rule.name} rounds"
+        )
     limited = config["max_unorm"] > 0
     if rule.has_update and limited:
         raise ValueError(

@@ -21,6 +21,8 @@ from .transforms import cautious as cautious
 from .transforms import clipped_update as clipped_update
 from .transforms import coupled_weight_decay as coupled_weight_decay
 from .transforms import decoupled_weight_decay as decoupled_weight_decay
+from .transforms import error_feedback as error_feedback
+from .transforms import mars as mars
 from .trust import trust_ratio as trust_ratio
 
 ALL = (

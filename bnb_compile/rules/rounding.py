@@ -54,6 +54,13 @@ def round_bits(bits: Tensor, random: Tensor) -> Tensor:
     return torch.bitwise_and(bits + torch.bitwise_and(random, 0xFFFF), _signed(0xFFFF0000))
 
 
+def to_bfloat16(x: Tensor) -> Tensor:
+    """Finite float32 numbers rounded to the nearest bfloat16 number, or to the even one of two."""
+    bits = x.view(torch.int32)
+    even = torch.bitwise_and(torch.bitwise_right_shift(bits, 16), 1)
+    return torch.bitwise_and(bits + even + 0x7FFF, _signed(0xFFFF0000)).view(torch.float32)
+
+
 def noise_of(random: Tensor) -> Tensor:
     """A number in [1, 2), float32, from `random_bits`, of whose low half it is independent."""
     mantissa = torch.bitwise_and(torch.bitwise_right_shift(random, 9), 0x7FFF80)

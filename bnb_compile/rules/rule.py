@@ -73,7 +73,9 @@ class Rule:
             direction.
         means: Pairs of a name and a function ``(param, grad, *states, scalars) -> number``, elementwise, of
             which `direction` or `update` is given the mean over the elements of a parameter whose gradient is
-            used, as a scalar of that name. A step then reads everything twice.
+            used, as a scalar of that name; and the number of these elements as the scalar `elements`. A step
+            then reads everything twice.
+        rounds_to: The dtype to which `update` rounds parameters itself; those of another one are refused.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Rule:
     direction: Callable[..., tuple[Tensor, ...]] = None  # type: ignore[assignment]
     update: Callable[..., tuple[Tensor, ...]] = None  # type: ignore[assignment]
     means: tuple[tuple[str, Callable[..., Tensor]], ...] = ()
+    rounds_to: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if (self.direction is None) == (self.update is None):
@@ -133,11 +136,15 @@ class Rule:
         kind: Any = type(found)
         return extended(kind, *more)(*found, **more) if more else found
 
-    def with_means(self, scalars: Any, means: Sequence[Any]) -> Any:
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Names of the scalars that are known only when a whole parameter has been looked at."""
+        return (*(name for name, _ in self.means), "elements") if self.means else ()
+
+    def with_measured(self, scalars: Any, values: Sequence[Any]) -> Any:
         """The scalars as `direction` and `update` are given them."""
         kind: Any = type(scalars)
-        names = [name for name, _ in self.means]
-        return extended(kind, *names)(*scalars, *means) if names else scalars
+        return extended(kind, *self.measured)(*scalars, *values) if self.measured else scalars
 
     def place_of(self, state: str) -> int:
         """Which of the states has a name."""

@@ -269,9 +269,9 @@ class TracedRule(NamedTuple):
         update: ``(param, grad, *states, *scalars) -> (param, *states)``, float32.
         direction: ``(param, grad, *states, *scalars) -> (direction, *states)``, float32.
         measure: ``(param, grad, *states, *scalars) -> numbers``, float32, of which means are taken; without
-            the means among the scalars.
+            the measured ones among the scalars.
         impulses: ``(lost, root, *scalars) -> (direction,)``, float32, for each state that has one.
-        scalar_names: Of the scalars, and then of the means.
+        scalar_names: Of the scalars, and then of the measured ones.
     """
 
     scalars: torch.fx.Graph
@@ -293,7 +293,7 @@ def trace_rule(rule: Rule) -> TracedRule:
     hyper, states = len(rule.hyper._fields), len(rule.states)
     with TRACING:
         alone = _shared_of(rule)
-        shared = rule.with_means(alone, [torch.ones(())] * len(rule.means))
+        shared = rule.with_measured(alone, [torch.ones(())] * len(rule.measured))
     of_states = [state.name for state in rule.states]
     for name in (*rule.hyper._fields, *shared._fields, *of_states):
         if name in RESERVED or re.fullmatch(r"t\d+", name) or not _is_name(name):

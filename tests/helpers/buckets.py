@@ -12,7 +12,7 @@ from torch import Tensor
 from bnb_compile.formats import FORMATS, Slot, layout
 from bnb_compile.ops.operator import Arguments, Modes, StepOp
 from bnb_compile.ops.step import parts_of, step_op
-from bnb_compile.rules import ADAM, ALL, LION, RMSPROP, cautious, clipped_update
+from bnb_compile.rules import ADAM, ALL, LION, RMSPROP, cautious, clipped_update, mars
 from bnb_compile.state.checkpoint import encode
 
 #: Tensors with values in another than row-major order, or with gaps between them.
@@ -278,6 +278,7 @@ OTHER_FORMATS = [
     ("adagrad", "ratio4"),
     ("normalised_cautious_adam", "ratio8"),
     ("clipped_lion", "dynamic8"),
+    ("mars_adam", "dynamic8"),
 ]
 #: By the rule's name and the bits of a state: every rule with 8 and with 32 bits, two in bfloat16.
 STEP_OPS = {
@@ -287,7 +288,7 @@ STEP_OPS = {
     if (rule.states or bits == 32) and (bits != 16 or rule.name in ("adam", "ademamix"))
 }
 #: Rules that take a mean over a parameter.
-OF_MEANS = [cautious(ADAM, normalised=True), clipped_update(LION, 0.5)]
+OF_MEANS = [cautious(ADAM, normalised=True), clipped_update(LION, 0.5), mars(ADAM)]
 #: By the rule's name and that of a format.
 OTHER_OPS = {
     (rule.name, format): step_op(rule, format)

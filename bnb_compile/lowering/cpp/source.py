@@ -45,7 +45,7 @@ def print_rule(op: StepOp) -> str:
 
     measured = []
     if rule.means:
-        alone = names[: len(names) - len(rule.means)]
+        alone = names[: len(names) - len(rule.measured)]
         measured += [f"const V {state} = state[{k}];" for state, k in zip(states, order)]
         measured += [f"const V {name} = s[{k}];" for k, name in enumerate(alone)]
         statements, numbers = write(traced.measure, ["param", "grad", *states, *alone], dialect)
@@ -55,7 +55,8 @@ def print_rule(op: StepOp) -> str:
         [
             "struct Rule {",
             f"  static constexpr int STATES = {len(states)}, HYPER = {len(hyper)}, SCALARS = {len(names)};",
-            f"  static constexpr int MEANS = {len(rule.means)}, FIRST_MEAN = {len(names) - len(rule.means)};",
+            f"  static constexpr int MEANS = {len(rule.means)};",
+            f"  static constexpr int FIRST_MEASURED = {len(names) - len(rule.measured)};",
             f"  static constexpr int STEP_SIZE = {names.index('step_size')}, UNIT = {names.index('unit')};",
             "  static inline void scalars(const double* hyper, double step, float* out) {",
             *_indented([f"const double {name} = hyper[{k}];" for k, name in enumerate(hyper)]),

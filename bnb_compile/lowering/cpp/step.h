@@ -6,7 +6,8 @@
 //   scalars(hyper, step, out)         what the elements of a parameter share
 //   update(param, grad, state, s)     the update of LANES elements; param and state are replaced
 //   direction(param, grad, state, s)  returns the direction; state is replaced
-//   MEANS, FIRST_MEAN                 how many means there are, and where among the scalars
+//   MEANS, FIRST_MEASURED             how many means there are, and where they and the number of elements are
+//                                     among the scalars
 //   measure(param, grad, state, s, numbers)   the numbers that means are taken of
 //   impulse<K>(lost, root, s)         the directions to come that a part of a state has, see rules/rule.py
 // where states are in the order of their formats; GRAD_LIMIT, the Modes of ops/operator.py,
@@ -168,13 +169,15 @@ Measured<Storage::MAXIMA> update_block(
       Rule::update(fresh_param, grad_f32, fresh, s);
       if constexpr (!Storage::COMPENSATED) fresh_param = rounded(i, fresh_param);
     }
-    if constexpr (checked) {
+    if constexpr (checked && !(MEASURE && MEANS)) {
       const V used = usable(grad_f32);
       if constexpr (!Storage::COMPENSATED) fresh_param = V::blendv(old_param, fresh_param, used);
       direction = V::blendv(V(0.f), direction, used);
       for (int k = 0; k < Rule::STATES; k++) fresh[k] = V::blendv(old[k], fresh[k], used);
     }
-    if constexpr (MEASURE) {
+    if constexpr (MEASURE && MEANS) {
+      // These are all that is asked for.
+    } else if constexpr (MEASURE) {
       update_squares = at::vec::fmadd(direction, direction, update_squares);
       param_squares = at::vec::fmadd(old_param, old_param, param_squares);
       ((Storage::over(F) < 0 ? std::get<F>(states).measure(group, fresh[F]) : void()), ...);
@@ -309,8 +312,12 @@ void update_bucket(
       scalars[Rule::STEP_SIZE] *=
           trust_ratio(max_unorm[k], std::sqrt(all.param), unit * std::sqrt(all.update));
     }
-    for (int m = 0; m < Rule::MEANS; m++)
-      scalars[Rule::FIRST_MEAN + m] = (float)(all.sums[1 + m] / std::max(all.sums[0], 1.0));
+    if constexpr (MEANS) {
+      const double elements = std::max(all.sums[0], 1.0);
+      for (int m = 0; m < Rule::MEANS; m++)
+        scalars[Rule::FIRST_MEASURED + m] = (float)(all.sums[1 + m] / elements);
+      scalars[Rule::FIRST_MEASURED + Rule::MEANS] = (float)elements;
+    }
     for (int64_t b = from; b < to; b++)
       update_block<false, P, G>(
           parameters[k], storage, b, scalars, scale(k), step[k], all, Storage::ALL);

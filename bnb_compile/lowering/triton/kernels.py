@@ -13,8 +13,8 @@ the tensors on; an argument that an entry does not have is None. Arguments, for 
     scalars     (n, SCALARS) float32, the rule's
     grad_scale  (n,) float32
     step        (n,) int64
-    measured    (n, 1 + MAXIMA + MEANS) float32: the trust ratio, the largest of what the formats must know,
-                and the means of the rule
+    measured    (n, columns) float32: the trust ratio, the MAXIMA largest of what the formats must know, and
+                if the rule has means, these MEANS and the number of elements
     found       (programs, SUMS + MAXIMA) float32: sums of the squares of the direction and of the parameter,
     of
                 elements and their numbers for the means, and those maxima
@@ -210,7 +210,8 @@ def update_program(
     block = tl.load(rows + 8 * k + 2)
     row = None
     if MAX_UNORM or not BLOCK_WISE or MEANS > 0:
-        row = measured + k * (1 + MAXIMA + MEANS)
+        MEASURED: tl.constexpr = 2 + MAXIMA + MEANS if MEANS > 0 else 1 + MAXIMA
+        row = measured + k * MEASURED
     s = load_scalars(scalars, k, row)
     grad, used = load_grad(
         grad_address, place_of(i, strides, k, 1, DIMS), inside, scale, GRAD, ALIGNED, SKIP_ZEROS
@@ -300,13 +301,13 @@ def measure_program(
     old = load_states(arenas, offset, i, block, b, inside, whole)
     SUMS: tl.constexpr = 3 + MEANS if MEANS > 0 else 2
     row = found + (FIRST + pid) * (SUMS + MAXIMA)
-    tl.store(row + 1, tl.sum(param * param))
     if MEANS > 0:
-        tl.store(row, 0.0)
+        for m in tl.static_range(2 + MAXIMA):
+            tl.store(row + (m if m < 2 else 1 + MEANS + m), 0.0)
         tl.store(row + 2, tl.sum(used.to(tl.float32)))
         numbers_of(row + 3, param, grad, old, s, used)
-        store_maxima(row + SUMS, old)
     else:
+        tl.store(row + 1, tl.sum(param * param))
         moved, fresh = direction(param, grad, old, s)
         moved = tl.where(used, moved, 0.0)
         tl.store(row, tl.sum(moved * moved))
@@ -336,7 +337,8 @@ def finish_program(
     SUMS: tl.constexpr = 3 + MEANS if MEANS > 0 else 2
     COLUMNS: tl.constexpr = SUMS + MAXIMA
     k = tl.program_id(0).to(tl.int64)
-    row = measured + k * (1 + MAXIMA + MEANS)
+    MEASURED: tl.constexpr = 2 + MAXIMA + MEANS if MEANS > 0 else 1 + MAXIMA
+    row = measured + k * MEASURED
     if max_unorm is not None:
         limit = tl.load(max_unorm + k).to(tl.float64)
         unit = tl.load(scalars + k * SCALARS + UNIT)
@@ -352,6 +354,7 @@ def finish_program(
         for m in tl.static_range(MEANS):
             mean = sum_of(found + 3 + m, spans, k, COLUMNS) / count
             tl.store(row + 1 + MAXIMA + m, mean.to(tl.float32))
+        tl.store(row + 1 + MAXIMA + MEANS, count.to(tl.float32))
 
 
 @triton.jit

@@ -105,7 +105,7 @@ def print_rule(op: StepOp, fast: bool) -> str:
         body = [flag, *unpack, *before, *lines, f"return {result}, {tuple_of(fresh)}"]
         return function(name, arguments, body)
 
-    alone = names[: len(names) - len(op.rule.means)]
+    alone = names[: len(names) - len(op.rule.measured)]
     statements, numbers = write(traced.measure, ["param", "grad", *states, *alone], TRITON)
     measured = [flag, *unpack, *statements]
     measured += [
@@ -175,12 +175,12 @@ def _print_compensate(op: StepOp, compensated: Sequence[Stored], fast: bool) -> 
 
 def scalars_of(op: StepOp) -> int:
     """Columns of `scalars`: those that are known beforehand."""
-    return len(trace_rule(op.rule).scalar_names) - len(op.rule.means)
+    return len(trace_rule(op.rule).scalar_names) - len(op.rule.measured)
 
 
 def measured_columns(op: StepOp) -> int:
-    """Columns of `measured`: the trust ratio, what must be known of the states, and the means."""
-    return 1 + op.maxima + len(op.rule.means)
+    """Columns of `measured`: the trust ratio, what must be known of the states, and the rule's."""
+    return 1 + op.maxima + len(op.rule.measured)
 
 
 def step_arguments(op: StepOp, modes: Modes, variant: Variant, measure: bool = False) -> list[str]:
@@ -328,7 +328,7 @@ def finish_kernel(op: StepOp, modes: Modes, name: str) -> str:
         measured="measured",
         MAXIMA=op.maxima,
         MEANS=len(op.rule.means),
-        SCALARS=len(names) - len(op.rule.means),
+        SCALARS=len(names) - len(op.rule.measured),
         UNIT=names.index("unit"),
         trust_ratio="trust_ratio",
     )
