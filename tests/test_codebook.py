@@ -129,6 +129,53 @@ def test_closed_form_is_one_cell_off_only_at_midpoints(signed: bool) -> None:
         assert (distance <= 1e-6 * a[off != 0]).all(), what
 
 
+def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
+    def exact(x: Tensor | float) -> Tensor:
+        return torch.as_tensor(x, dtype=torch.float32).double()
+
+    return (exact(a) * exact(b) + exact(c)).float()
+
+
+@SIGNED
+def test_register_tables_decode_every_code(signed: bool) -> None:
+    tables = {name: torch.tensor(x) for name, x in codebook.register_tables(signed).items()}
+    code = torch.arange(256)
+    t = (4 * (code - 127) if signed else 2 * code + 3).float()
+    index = (t.view(torch.int32) >> 23) & 7
+    value = fma(t.abs(), tables["SLOPE"][index], tables["START"][index])
+    expected = codebook.create_dynamic_map(signed)
+    assert value[ZERO[signed]] == 0
+    torch.testing.assert_close(value, expected.abs(), rtol=7e-7, atol=0)
+
+
+@SIGNED
+def test_register_tables_find_every_cell_but_within_rounding_of_a_midpoint(signed: bool) -> None:
+    """In the vector registers' arithmetic, lowering/cpp/dynamic_map.h."""
+    tables = codebook.register_tables(signed)
+    above, per_unit, first = (torch.tensor(tables[name]) for name in ("ABOVE", "PER_UNIT", "FIRST"))
+    (least,), (per_bit,), (bias,) = tables["LEAST"], tables["PER_BIT"], tables["BIAS"]
+    code = codebook.create_dynamic_map(signed)
+    middle = (code[1:].double() + code[:-1].double()) / 2
+    for what, x in samples(signed).items():
+        a = x.abs()
+        kept = a.clamp(min=torch.tensor(least).item())
+        decade = fma(kept.view(torch.int32).float(), per_bit, bias + 3 * 2**22).view(torch.int32) & 7
+        decade += kept > above[decade]
+        start = first[decade]
+        end = fma(start, 2.25, -0.5 if signed else 0.75)
+        cell = torch.minimum(fma(kept, per_unit[decade], start), end).int()
+        expected = obviously_nearest(a, code).int() - ZERO[signed]
+        if not signed:
+            cell = torch.where(a > 0, cell, 0)
+            expected = torch.where(a > 0, expected.clamp(min=1), 0)
+        off = cell - expected
+        assert off.abs().max() <= 1, what
+        if what.endswith("uniform"):
+            assert off.abs().float().mean() < 1e-4, what
+        distance = (a[off != 0].double()[:, None] - middle).abs().amin(1)
+        assert (distance <= 1e-6 * a[off != 0]).all(), what
+
+
 @SIGNED
 def test_bounds_are_the_last_floats_of_their_cells(signed: bool) -> None:
     code = codebook.create_dynamic_map(signed)

@@ -240,34 +240,48 @@ def nearest(x: Tensor, signed: bool, outward: Tensor) -> Tensor:
 
 
 def register_tables(signed: bool) -> dict[str, list[float]]:
-    """`SEGMENTS` as tables of 16 or 32 floats, indexed by exponent bits: they fit into vector registers.
+    """`SEGMENTS` as tables of 8 floats, which fit into a vector register.
 
     Returns:
-        dict[str, list[float]]: To decode, by the binade of ``t = 2*cell + 1`` (unsigned: ``2*code + 3``):
-        the value is ``t * SLOPE + START``. To encode, by the low 5 bits of a magnitude's exponent: above
-        ABOVE the next entries count; the cell is ``floor(a * PER_UNIT + FIRST)``.
+        dict[str, list[float]]: To decode, by the low 3 bits of the exponent of ``t = 4*cell`` (unsigned:
+        ``2*code + 3``): the magnitude is ``t * SLOPE + START``. To encode magnitudes from LEAST on, by their
+        decade: that of `a` is the one that ``bits(a) * PER_BIT + BIAS`` is nearest to, or above its ABOVE the
+        next; the cell is ``floor(a * PER_UNIT + FIRST)``, and at most the last, which FIRST gives, too.
     """
-    zero, *decades, one = segments = SEGMENTS[signed]
-    slope, start = [0.0] * 16, [0.0] * 16
+    zero, *decades, one = SEGMENTS[signed]
+    slope, start = [0.0] * 8, [0.0] * 8
     for decade in decades:
         # cell = floor(a * slope + start), so the middle of a cell is at (cell + 1/2 - start) / slope.
-        ahead = 0 if signed else 1
-        binade = int(math.log2(decade.last + ahead))  # of the cells; t is in the next one
-        slope[binade] = 0.5 / decade.slope
-        start[binade] = -(decade.start + ahead) / decade.slope
-    start[one.last.bit_length() - 1 if signed else 8] = 1.0
+        if signed:
+            exponent = int(math.log2(decade.last)) + 1  # and 128, which is cut off
+            slope[exponent] = 0.25 / decade.slope
+            start[exponent] = (0.5 - decade.start) / decade.slope
+        else:
+            exponent = int(math.log2(decade.last + 1))
+            slope[exponent] = 0.5 / decade.slope
+            start[exponent] = -(decade.start + 1) / decade.slope
+    # The last cell and the first one, of 0, share an entry. In 22 bits, three times the slope is a float.
+    slope[0] = 1 / 512 if signed else round(2.0**30 / 510) / 2.0**30
+    start[0] = 0.0 if signed else -3 * slope[0]
 
-    above, per_unit, first = [], [], []
-    for index in range(32):  # magnitudes from 2**-31 to 2**0
-        low = 2.0 ** (index - 31)
-        segment = [s for s in segments if s.above < low][-1]
-        within = [s.above for s in segments if low <= s.above < 2 * low]
-        assert len(within) <= 1
-        above.append(within[0] if within else torch.finfo(torch.float32).max)
-        per_unit.append(segment.slope)
-        # The last cell of a decade is found from its FIRST as 9/4 FIRST - 1/2, rounded down; 1/4 makes it 0.
-        first.append(0.25 if segment is zero else segment.start)
-    return dict(SLOPE=slope, START=start, ABOVE=above, PER_UNIT=per_unit, FIRST=first)
+    # A float's bits are nearly its logarithm, at most 0.03 decades less. A decade may begin as late as 0.28
+    # after a power of ten, so 0.32 are subtracted, and those from a bound on are found by comparison. BIAS must
+    # be a whole number, as it is added to 3 * 2^22: the rest is in PER_BIT, 0.01 more for the lowest.
+    whole = DECADES - 1 - math.floor(127 * math.log10(2))
+    per_bit = (DECADES - 0.5 - 0.33 - whole) / (127 * 2**23)
+    least = 0.98 * decades[0].above if signed else create_dynamic_map(False)[1].item()
+    # Below the bound of the first decade its line, which is flatter then, gives cell 0.
+    lowest = (1 - decades[0].start) / decades[0].above if signed else decades[0].slope
+    return dict(
+        SLOPE=slope,
+        START=start,
+        ABOVE=[*(segment.above for segment in (*decades[1:], one)), torch.finfo(torch.float32).max],
+        PER_UNIT=[lowest, *(decade.slope for decade in decades[1:]), 0.0],
+        FIRST=[*(decade.start for decade in decades), one.last + 0.5],
+        PER_BIT=[per_bit],
+        BIAS=[float(whole)],
+        LEAST=[least],
+    )
 
 
 class Logarithmic(NamedTuple):

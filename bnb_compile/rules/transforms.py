@@ -74,7 +74,7 @@ def mars(rule: Rule, clipped: bool = True) -> Rule:
     """A gradient is corrected by how far it is from the last one, which reduces its variance.
 
     Yuan et al., https://arxiv.org/abs/2411.10438, the approximate form, which takes the last step's gradient
-    in place of this step's at the last parameters. There is one more state, `last_grad`, and one more
+    in place of this step's at the last parameters. There is one more state, `previous_grad`, and one more
     hyperparameter, `gamma`, 0.025 by default; with 0 the rule is what it was, but for the clipping.
 
     Args:
@@ -92,8 +92,8 @@ def mars(rule: Rule, clipped: bool = True) -> Rule:
         return extended(kind, "correction")(*found, correction=h.gamma * h.beta1 / (1 - h.beta1))
 
     def corrected(grad: Tensor, *rest: Any) -> Tensor:
-        *_, last_grad, s = rest
-        return grad + s.correction * (grad - last_grad)
+        *_, previous_grad, s = rest
+        return grad + s.correction * (grad - previous_grad)
 
     def square(param: Tensor, grad: Tensor, *rest: Any) -> Tensor:
         return corrected(grad, *rest).square()
@@ -105,7 +105,7 @@ def mars(rule: Rule, clipped: bool = True) -> Rule:
             now = now / (s.mean_square * s.elements).sqrt().clamp(min=1.0)
         return *rule.direction(param, now, *states, s), grad
 
-    states = (*rule.states, State("last_grad"))
+    states = (*rule.states, State("previous_grad"))
     means = _only_means(rule, "mean_square", square) if clipped else rule.means
     return _changed(
         "mars", rule, hyper=hyper, states=states, scalars=scalars, direction=direction, means=means

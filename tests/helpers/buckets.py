@@ -33,6 +33,7 @@ EXPANDED: dict[str, Callable[[], Tensor]] = {
 
 #: The range of each hyperparameter; flags are 0 or 1, and half of the parameters have no schedule.
 RANGES = {
+    "gamma": (0.01, 0.05),
     "lr": (1e-3, 1e-2),
     "beta1": (0.8, 0.95),
     "beta2": (0.99, 0.9999),

@@ -1,9 +1,7 @@
-// The codes of the dynamic map for AVX-512, where tables indexed by exponent bits fit into registers. M is the
-// map as any table, see stored.h, and has besides
-//   SLOPE[16], START[16]           decode, by the binade of 2*cell + 1
-//   ABOVE[32], PER_UNIT[32], FIRST[32]   encode, by the binade of the magnitude
+// The codes of the dynamic map for processors that permute a vector by another one. M is the map as any table,
+// see stored.h, and has besides those of codebook.register_tables.
 
-#if defined(CPU_CAPABILITY_AVX512)
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 template <class M, bool SIGNED>
 struct MapCodes {
   using Entry = uint8_t;
@@ -11,82 +9,96 @@ struct MapCodes {
   static constexpr bool VECTORS = false;
   static constexpr int PER = 1;
   static constexpr uint8_t zero = M::ZERO;
-  const __m512 slope = _mm512_loadu_ps(M::SLOPE), start = _mm512_loadu_ps(M::START);
+  const V slope = table(M::SLOPE), start = table(M::START);
 
-  // t = 2*cell + 1 is odd, so that cell 0 has a binade of its own, with zeros in the tables.
-  inline V load(const uint8_t* codes, int i) const {
-    const __m512 code =
-        _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i))));
-    __m512 t, sign = _mm512_setzero_ps();
-    if constexpr (SIGNED) {
-      const __m512 twice = _mm512_fmadd_ps(code, _mm512_set1_ps(2.f), _mm512_set1_ps(-254.f));
-      sign = _mm512_and_ps(twice, _mm512_set1_ps(-0.f));
-      t = _mm512_add_ps(_mm512_abs_ps(twice), _mm512_set1_ps(1.f));
-    } else {
-      t = _mm512_fmadd_ps(code, _mm512_set1_ps(2.f), _mm512_set1_ps(3.f));
-    }
-    const __m512i binade = _mm512_srli_epi32(_mm512_castps_si512(t), 23);
-    const __m512 value = _mm512_fmadd_ps(
-        t, _mm512_permutexvar_ps(binade, slope), _mm512_permutexvar_ps(binade, start));
-    return SIGNED ? _mm512_or_ps(value, sign) : value;
+  // Eight entries, by the low 3 bits of an index.
+  static inline V table(const float* entries) {
+#if defined(CPU_CAPABILITY_AVX512)
+    return _mm512_broadcast_f32x8(_mm256_loadu_ps(entries));
+#else
+    return V::loadu(entries);
+#endif
+  }
+  static inline V look_up(const V& entries, const I& index) {
+#if defined(CPU_CAPABILITY_AVX512)
+    return _mm512_permutexvar_ps(index, entries);
+#else
+    return _mm256_permutevar8x32_ps(entries, index);
+#endif
   }
 
-  // The tables of a binade hold the segment at its lower end; above the one threshold that it may
-  // contain, the segment is that of the next binade.
+  inline V load(const uint8_t* codes, int i) const {
+    // As the low bits of 2^23 a code is a float: 2^23 + code.
+    const V above = as_numbers(read_integers(codes + i) | as_integers(V(0x1p23f)));
+    constexpr float scale = SIGNED ? 4.f : 2.f, at_0 = SIGNED ? -4 * 127.f : 3.f;
+    const V t = at::vec::fmadd(above, V(scale), V(at_0 - scale * 0x1p23f));
+    const I exponent = logical_shift(as_integers(t), I(23));  // the sign is above it
+    const V begin = look_up(start, exponent);
+    return at::vec::fmadd(t, look_up(slope, exponent), SIGNED ? begin ^ (t & V(-0.f)) : begin);
+  }
+
   struct Encoder {
-    __m512 above[2], per_unit[2], first[2];
-    static inline void load(__m512* half, const float* table) {
-      half[0] = _mm512_loadu_ps(table);
-      half[1] = _mm512_loadu_ps(table + 16);
-    }
-    Encoder() {
-      load(above, M::ABOVE), load(per_unit, M::PER_UNIT), load(first, M::FIRST);
-    }
-    static inline __m512 look_up(const __m512* half, __m512i index) {
-      return _mm512_permutex2var_ps(half[0], index, half[1]);
-    }
+    const V above = table(M::ABOVE), per_unit = table(M::PER_UNIT), first = table(M::FIRST);
     // The cell, with the sign of x.
-    inline __m512i operator()(__m512 x) const {
-      // 2^-30 is far below the first threshold and still in the tables. Without a sign a number above 0 is not
-      // rounded to 0 (codebook.never_zero), so everything smaller is encoded as the smallest value.
-      const __m512 tiny = _mm512_set1_ps(SIGNED ? 0x1p-30f : M::VALUES[1]);
-      constexpr int LARGER_MAGNITUDE = 0b1011;
-      const __m512 a =
-          SIGNED ? _mm512_range_ps(x, tiny, LARGER_MAGNITUDE) : _mm512_max_ps(x, tiny);
-      __m512i binade = _mm512_srli_epi32(_mm512_castps_si512(a), 23);
-      const __mmask16 over = _mm512_cmp_ps_mask(a, look_up(above, binade), _CMP_GT_OQ);
-      binade = _mm512_mask_add_epi32(binade, over, binade, _mm512_set1_epi32(1));
-      const __m512 start = look_up(first, binade);
-      const __m512 position = _mm512_fmadd_ps(a, look_up(per_unit, binade), start);
+    inline I operator()(const V& x) const {
+      const V a = larger_magnitude(x);
+      // Added to 3 * 2^22 a number is rounded to an integer, in the low bits.
+      constexpr float BIAS = M::BIAS[0] + 0x1.8p23;
+      I decade = as_integers(at::vec::fmadd(to_numbers(as_integers(a)), V(M::PER_BIT[0]), V(BIAS)));
+      decade = plus_one(decade, gt(a, look_up(above, decade)));
+      const V start = look_up(first, decade);
+      const V position = at::vec::fmadd(a, look_up(per_unit, decade), start);
       // A decade's last cell is 9/4 start - 1 (+ 5/4 in the unsigned map); a half more keeps rounding from
       // ending one cell before it.
-      const __m512 end = _mm512_fmadd_ps(
-          start, _mm512_set1_ps(2.25f), _mm512_set1_ps(SIGNED ? -0.5f : 0.75f));
-      __m512 cell = _mm512_min_ps(position, end);
-      if constexpr (SIGNED) {
-        const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.f));
-        cell = _mm512_or_ps(cell, sign);
-      }
-      const __m512i code = _mm512_cvttps_epi32(cell);
+      const V end = at::vec::fmadd(start, V(2.25f), V(SIGNED ? -0.5f : 0.75f));
+      const V cell = at::vec::clamp_max(position, end);
+      if constexpr (SIGNED) return to_integers(cell | (x & V(-0.f)));
       // The other half of never_zero: 0 itself must become code 0 again. The bits of a float above 0, as an
       // integer, are larger than any code; those of 0 are 0.
-      return SIGNED ? code : _mm512_min_epi32(code, _mm512_castps_si512(x));
+      return at::vec::minimum(to_integers(cell), as_integers(x));
+    }
+    // Of x and the least that the tables are for: without a sign that is the smallest value, as a number above 0
+    // is not rounded to 0 (codebook.never_zero).
+    static inline V larger_magnitude(const V& x) {
+      const V least(M::LEAST[0]);
+      if constexpr (!SIGNED) return at::vec::clamp_min(x, least);
+#if defined(CPU_CAPABILITY_AVX512)
+      constexpr int LARGER_MAGNITUDE = 0b1011;
+      return _mm512_range_ps(x, least, LARGER_MAGNITUDE);
+#else
+      return at::vec::clamp_min(x.abs(), least);
+#endif
+    }
+    static inline I plus_one(const I& x, const decltype(gt(V(), V()))& where) {
+#if defined(CPU_CAPABILITY_AVX512)
+      return _mm512_mask_add_epi32(x, where, x, I(1));
+#else
+      return x - as_integers(where);  // all bits are -1
+#endif
     }
   };
 
   template <class Number>
   static inline void store(const Number& number, uint8_t* codes) {
     const Encoder encoder;
-    const __m512i zero_code = _mm512_set1_epi16(zero);
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    for (int i = 0; i < BLOCK; i += 64) {
-      __m512i cell[4];
-      for (int k = 0; k < 4; k++) cell[k] = encoder(number(i + 16 * k));
+    for (int i = 0; i < BLOCK; i += 4 * LANES) {
+      I cell[4];
+      for (int k = 0; k < 4; k++) cell[k] = encoder(number(i + k * LANES));
       // Saturating, so that cell -128 is code 0: the map has 1.0 but no -1.0.
-      const __m512i low = _mm512_add_epi16(_mm512_packs_epi32(cell[0], cell[1]), zero_code);
-      const __m512i high = _mm512_add_epi16(_mm512_packs_epi32(cell[2], cell[3]), zero_code);
-      const __m512i packed = _mm512_packus_epi16(low, high);
-      _mm512_storeu_si512(codes + i, _mm512_permutexvar_epi32(order, packed));
+#if defined(CPU_CAPABILITY_AVX512)
+      const __m512i zeros = _mm512_set1_epi16(zero);
+      const __m512i low = _mm512_add_epi16(_mm512_packs_epi32(cell[0], cell[1]), zeros);
+      const __m512i high = _mm512_add_epi16(_mm512_packs_epi32(cell[2], cell[3]), zeros);
+      const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      _mm512_storeu_si512(codes + i, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+#else
+      const __m256i zeros = _mm256_set1_epi16(zero);
+      const __m256i low = _mm256_add_epi16(_mm256_packs_epi32(cell[0], cell[1]), zeros);
+      const __m256i high = _mm256_add_epi16(_mm256_packs_epi32(cell[2], cell[3]), zeros);
+      const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+      const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
+      _mm256_storeu_si256((__m256i*)(codes + i), packed);
+#endif
     }
   }
 };

@@ -33,9 +33,17 @@ struct Parameter {
 
 // Whether all of a block's gradients are below the limit, and none is NaN.
 template <class G>
-inline bool all_usable(const G* grad, const V& scale) {
+inline bool all_usable(const G* grad, float scale) {
   if constexpr (SKIP_ZEROS) return false;  // each is looked at then
-  const V to_infinity = (GRAD_SCALE ? scale : V(1.f)) * V((float)(0x1p128 / GRAD_LIMIT));
+  // Most often none reaches 2, so that the first bit of no exponent is set, in any of the dtypes.
+  if (!GRAD_SCALE || std::abs(scale) < (float)(GRAD_LIMIT / 2)) {
+    constexpr int EACH = sizeof(int32_t) / sizeof(G);
+    I bits(0);
+    for (int i = 0; i < BLOCK; i += LANES * EACH) bits = bits | I::loadu((const int32_t*)(grad + i));
+    if constexpr (EACH == 2) bits = bits | bits << I(16);
+    if (as_numbers(bits & I(0x40000000)).zero_mask() == (1 << LANES) - 1) return true;
+  }
+  const V to_infinity = V((GRAD_SCALE ? scale : 1.f) * (float)(0x1p128 / GRAD_LIMIT));
   V bad(0.f);  // zero, or NaN from 0 * infinity
   for (int i = 0; i < BLOCK; i += LANES)
     bad = at::vec::fmadd(read(grad + i) * to_infinity, V(0.f), bad);
@@ -198,7 +206,7 @@ Measured<Storage::MAXIMA> update_block(
     if (largest(any) == 0.f) return {};
   }
   // Elements with an unusable gradient stay as they are; most blocks have none and need no check of each.
-  const bool clean = all_usable(grad, scale);
+  const bool clean = all_usable(grad, grad_scale);
   if (clean) {
     update(std::false_type());
   } else {
