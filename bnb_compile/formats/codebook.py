@@ -265,8 +265,8 @@ def register_tables(signed: bool) -> dict[str, list[float]]:
     start[0] = 0.0 if signed else -3 * slope[0]
 
     # A float's bits are nearly its logarithm, at most 0.03 decades less. A decade may begin as late as 0.28
-    # after a power of ten, so 0.32 are subtracted, and those from a bound on are found by comparison. BIAS must
-    # be a whole number, as it is added to 3 * 2^22: the rest is in PER_BIT, 0.01 more for the lowest.
+    # after a power of ten, so 0.32 are subtracted, and those from a bound on are found by comparison. BIAS
+    # must be a whole number, as it is added to 3 * 2^22: the rest is in PER_BIT, 0.01 more for the lowest.
     whole = DECADES - 1 - math.floor(127 * math.log10(2))
     per_bit = (DECADES - 0.5 - 0.33 - whole) / (127 * 2**23)
     least = 0.98 * decades[0].above if signed else create_dynamic_map(False)[1].item()

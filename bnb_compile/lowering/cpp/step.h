@@ -285,7 +285,7 @@ std::vector<Measured<Storage::MAXIMA>> measure_bucket(
 }
 
 template <class P, class G, class Storage>
-void update_bucket(
+void update_parameters(
     const Parameter* parameters, int64_t count, const Storage& storage, int64_t* step,
     const double* hyper, const float* grad_scale, const float* max_unorm, float* unorm,
     const double* totals) {
@@ -330,4 +330,23 @@ void update_bucket(
       update_block<false, P, G>(
           parameters[k], storage, b, scalars, scale(k), step[k], all, Storage::ALL);
   });
+}
+
+template <class P, class G, class Storage>
+void update_bucket(
+    const Parameter* parameters, int64_t count, const Storage& storage, int64_t* step,
+    const double* hyper, const float* grad_scale, const float* max_unorm, float* unorm,
+    const double* totals) {
+  // What must be read twice is read the second time while it is in the cache.
+  constexpr int64_t ELEMENTS = NEEDS_TOTALS && !TOTALS ? 1 << 20 : std::numeric_limits<int64_t>::max();
+  for (int64_t k = 0; k < count;) {
+    int64_t end = k, elements = 0;
+    do elements += parameters[end++].numel;
+    while (end < count && elements + parameters[end].numel <= ELEMENTS);
+    const auto from = [&](auto* row) { return row ? row + k : row; };
+    update_parameters<P, G>(
+        parameters + k, end - k, storage, step + k, hyper + k * Rule::HYPER, from(grad_scale),
+        from(max_unorm), from(unorm), totals);
+    k = end;
+  }
 }

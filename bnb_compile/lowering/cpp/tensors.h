@@ -254,10 +254,7 @@ inline float largest(const V& value) {
 }
 
 inline float sum(const V& value) {
-  float lanes[LANES], total = 0;
-  value.store(lanes);
-  for (float lane : lanes) total += lane;
-  return total;
+  return at::vec::vec_reduce_all<float>([](const V& a, const V& b) { return a + b; }, value);
 }
 
 // Divides the chunks of many tensors among threads: calls visit(k, from, to, passed) for chunks `from` to `to` of
