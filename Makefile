@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/
 # The kernels of the last time are found by their text.
 KEEP := --keep-kernels=build/kernels
 
-.PHONY: help train distributed finetune export test quick check integrations matrix slow bench contract formats clean
+.PHONY: help train distributed finetune export test quick check integrations matrix slow bench offload gpu contract formats clean
 
 help:
 	@echo "make train   train a small GPT with 8-bit AdamW, beside 32-bit AdamW"
@@ -19,6 +19,8 @@ help:
 	@echo "make matrix  the core of the tests with torch 2.11 and 2.15"
 	@echo "make slow    the tests that take minutes"
 	@echo "make bench   time the optimizer step beside torch, bitsandbytes and torchao"
+	@echo "make offload  time a step of the host's, where weights are offloaded, beside DeepSpeed's"
+	@echo "make gpu     all that a GPU must show, in eight minutes"
 	@echo "make formats  how near each format of states is to float32: displacement, training, time (hours; goes on)"
 	@echo "make contract  count compiles, graph breaks and host syncs of 16 training loops, beside theirs"
 
@@ -73,6 +75,12 @@ bench: $(VENV)/.installed-peers
 
 formats: $(VENV)/.installed-peers $(VENV)/.installed-examples
 	$(RUN)python benchmarks/formats.py $(ARGS)
+
+offload: $(VENV)/.installed-offload
+	DS_ACCELERATOR=cpu PATH=$(abspath $(VENV)/bin):$$PATH $(RUN)python benchmarks/offload.py $(ARGS)
+
+gpu: $(VENV)/.installed-test
+	$(RUN)python benchmarks/gpu.py $(ARGS)
 
 contract: $(VENV)/.installed-peers
 	$(RUN)python benchmarks/contract.py $(ARGS)
