@@ -65,7 +65,7 @@ def _built(name: str, op: StepOp, dtype: torch.dtype, fast: bool, sm: int, measu
     names = source.step_arguments(op, modes, variant, measure)
     signature = {argument: f"*{source.TYPES[dtypes[argument]]}" for argument in names}
     built = fake_gpu.assemble(fake_gpu.load(source.IMPORTS + text, "kernel"), signature, source.WARPS, sm)
-    elements = source.TILE * 256 / (32 * source.WARPS)
+    elements = source.blocks_of(op) * 256 / (32 * source.WARPS)
     return Row(name, DTYPES[dtype], built.instructions / elements, built.registers, built.stack + built.local)
 
 

@@ -515,7 +515,7 @@ def assemble(
     arguments = triton_lowering.step_arguments(op, modes, variant, measure)
     signature = {name: f"*{triton_lowering.TYPES[dtypes[name]]}" for name in arguments}
     assembly = fake_gpu.assemble(kernel, signature, triton_lowering.WARPS, sm)
-    elements = triton_lowering.TILE * 256 / (32 * triton_lowering.WARPS)  # of a thread
+    elements = triton_lowering.blocks_of(op) * 256 / (32 * triton_lowering.WARPS)  # of a thread
     return assembly, assembly.instructions / elements
 
 
@@ -528,6 +528,7 @@ def test_assembled_kernels_stay_in_registers_and_access_16_bytes(bits: int, sm: 
     assert {"ld.global.v4.b32", "st.global.v4.b32"} <= assembly.accesses
     if (bits, sm) == (8, 90):
         assert instructions <= 86
+    assert assembly.registers <= 128
 
 
 @pytest.mark.parametrize("op", EVERY, ids=[op.name for op in EVERY])

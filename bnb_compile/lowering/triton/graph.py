@@ -44,7 +44,7 @@ def _lower(
         measures: Whether they find out something of whole parameters.
     """
     device, n = a.params[0].get_device(), len(a.params)
-    launches = _plan(a.params, a.grads, device, geometry=a.options.geometry)
+    launches = _plan(a.params, a.grads, device, source.blocks_of(op), a.options.geometry)
     scalars = source.scalars_of(op)
     scratch = {
         "addresses": empty([n, 2], torch.int64, device),
@@ -75,7 +75,7 @@ def _plan(
     params: Sequence[Any],
     grads: Sequence[Any],
     device: torch.device,
-    blocks: int = source.TILE,
+    blocks: int,
     geometry: Sequence[int] | None = None,
 ) -> list[Launch]:
     sizes = [static(p.get_size()) for p in params]

@@ -154,6 +154,7 @@ class Launcher(AbstractLauncher):
             aligned,
             [True] * len(pairs),
             source.has_fast_instructions(self.device),
+            source.blocks_of(self.op),
         )
         self._launches = [
             (launch, {name: table.to(self.device) for name, table in launch.tables.items()})

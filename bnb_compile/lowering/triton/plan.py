@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...formats import Layout
 from ..node import describe_strides
-from .source import TILE, Variant
+from .source import Variant
 
 
 class Launch(NamedTuple):
@@ -40,7 +40,7 @@ def plan(
     aligned: Sequence[bool],
     included: Sequence[bool],
     fast: bool,
-    blocks: int = TILE,
+    blocks: int,
 ) -> list[Launch]:
     """Launches for a bucket: one, or two if it has tensors whose accesses cannot all be vectors.
 

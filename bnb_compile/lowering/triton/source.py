@@ -37,7 +37,7 @@ TYPES = {
     torch.int64: "i64",
 }
 
-TILE = 8  # blocks of 256 elements for a program of 4 warps: 16 elements for a thread
+TILE = 8  # most blocks of 256 elements for a program of 4 warps: 16 elements for a thread
 WARPS = 4
 #: Whether a * b + c is rounded once, of which Triton 3.10 will decide otherwise than those before.
 FUSED = True
@@ -173,6 +173,12 @@ def _print_compensate(op: StepOp, compensated: Sequence[Stored], fast: bool) -> 
 # Entries: what is launched.
 
 
+def blocks_of(op: StepOp) -> int:
+    """Blocks that a program takes: half as many where states in full precision fill the registers."""
+    widest = max((part.dtype.itemsize for s in op.stored for part in s.format.of_elements), default=1)
+    return TILE // 2 if widest == 4 else TILE
+
+
 def scalars_of(op: StepOp) -> int:
     """Columns of `scalars`: those that are known beforehand."""
     return len(trace_rule(op.rule).scalar_names) - len(op.rule.measured)
@@ -229,7 +235,7 @@ def _step_entry(
         scale="scale",
         PARAM=LANGUAGE[param_dtype],
         GRAD=LANGUAGE[grad_dtype],
-        TILE=TILE,
+        TILE=blocks_of(op),
         **variant.constants,
         SKIP_ZEROS=modes.skip_zeros,
         ROWS=modes.rows,
