@@ -1,46 +1,171 @@
-"""The code in docs/ runs as it stands there, page by page."""
+"""The code in README.md and docs/ runs as it stands there, page by page, and links lead somewhere.
+
+A block begins with ```python, and runs, or with ```python no-run, and has a comment before it that says why:
+
+    <!-- not run: needs two processes -->
+    <!-- not run without: torchao -->          it does run where that module is installed
+
+What the code of a page may use without making it is in `scope`.
+"""
 
 from __future__ import annotations
 
+import ast
+import importlib
+import importlib.util
+import inspect
 import re
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 from torch import nn
 
-pytestmark = pytest.mark.quick
+import bnb_compile
 
-PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+pytestmark = [
+    pytest.mark.quick,
+    pytest.mark.usefixtures("one_thread"),
+    # of packages that a page shows a way from, and of torch's own
+    pytest.mark.filterwarnings("ignore:::bitsandbytes"),
+    pytest.mark.filterwarnings("ignore:::torchao"),
+]
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+API = sorted((DOCS / "api").glob("*.md"))
+#: Pages of figures, and of what mkdocstrings makes of docstrings.
+WITHOUT_CODE = {DOCS / "benchmarks.md"}
+
+
+class Block(NamedTuple):
+    """A fenced block of Python: whether it is to run, and what the comment before it says."""
+
+    code: str
+    runs: bool
+    comment: str
+
+
+def blocks_of(text: str) -> list[Block]:
+    """The blocks of a page; those in a list are indented."""
+    found = re.findall(
+        r"(?:^ *<!-- (not run[^>]*?) -->\n)?^( *)```python([^\n]*)\n(.*?)^\2```", text, re.M | re.S
+    )
+    blocks = []
+    for comment, _, info, code in found:
+        assert info in ("", " no-run"), f"```python{info}: the only word that may follow is no-run"
+        assert bool(comment) == bool(info), f"a comment that says why, and no-run, go together: {code}"
+        blocks.append(Block(textwrap.dedent(code), not info, comment))
+    return blocks
+
+
+def is_to_run(block: Block) -> bool:
+    """Whether a block is run here; what is a session with >>> is compared with what is printed, below."""
+    if block.code.startswith(">>>"):
+        return False
+    module = re.fullmatch(r"not run without: (\w+)", block.comment)
+    return block.runs or bool(module and importlib.util.find_spec(module[1]))
+
+
+def scope(name: str) -> dict[str, Any]:
+    """What the pages take for granted: a small model, its loss, and three batches."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64))
+
+    def loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(model(x), y)
+
+    batches = [(torch.randn(8, 64), torch.randn(8, 64)) for _ in range(3)]
+    return {"model": model, "loss_of": loss_of, "batches": batches, "__name__": name}
+
+
+@pytest.fixture
+def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder to work in; what the pages set for the whole process is set back."""
+    monkeypatch.chdir(tmp_path)
+    torch._dynamo.reset()
+    manager = bnb_compile.optim.GlobalOptimManager.get_instance()
+    with torch._dynamo.config.patch(trace_autograd_ops=False):
+        yield tmp_path
+    manager.initialize()
+    torch._dynamo.reset()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
-def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
-    text = page.read_text()
-    blocks = [
-        block for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S) if block[:3] != ">>>"
-    ]
-    assert blocks, page
+def test_the_code_of_a_page_runs(page: Path, clean: Path) -> None:
+    blocks = blocks_of(page.read_text())
+    for block in blocks:
+        if not block.code.startswith(">>>"):
+            ast.parse(block.code)
+    run = [block.code for block in blocks if is_to_run(block)]
+    assert bool(run) != (page in WITHOUT_CODE), page
     # A file, as the lines of a rule are read where it is wrong.
-    file = tmp_path / f"{page.stem.replace('-', '_')}.py"
-    file.write_text("\n".join(blocks))
-    scope = {"model": nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64)), "__name__": file.stem}
-    exec(compile(file.read_text(), file, "exec"), scope)
+    file = clean / f"{page.stem.replace('-', '_')}.py"
+    file.write_text("\n".join(run))
+    exec(compile(file.read_text(), file, "exec"), scope(file.stem))
+
+
+def test_a_block_is_only_left_out_with_a_reason() -> None:
+    assert [b.code for b in blocks_of("```python\na\n```\n- b\n  ```python\n  c\n  ```\n")] == ["a\n", "c\n"]
+    (block,) = blocks_of("<!-- not run: needs a GPU -->\n```python no-run\na\n```\n")
+    assert not is_to_run(block)
+    (block,) = blocks_of("<!-- not run without: torch -->\n```python no-run\na\n```\n")
+    assert is_to_run(block)
+    for wrong in (
+        "```python no-run\na\n```\n",
+        "<!-- not run: because -->\n```python\na\n```\n",
+        "```python norun\na\n```\n",
+    ):
+        with pytest.raises(AssertionError):
+            blocks_of(wrong)
+
+
+def anchor(heading: str) -> str:
+    """What GitHub and mkdocs make of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).strip().replace(" ", "-")
 
 
 def test_links_within_the_pages_lead_somewhere() -> None:
-    for page in [*PAGES, PAGES[0].parents[1] / "README.md"]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for page in [*PAGES, *API]:
+        for target, _, place in re.findall(r"\]\(([^)#:]*)(#([^):]*))?\)", page.read_text()):
+            led = page.parent / target if target else page
+            assert led.exists(), f"{page.name}: {target}"
+            if place:
+                headings = re.findall(r"^#+ (.*)", led.read_text(), re.M)
+                assert place in map(anchor, headings), f"{page.name}: {target}#{place}"
+
+
+def test_every_page_is_in_the_index_of_the_site() -> None:
+    listed = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert sorted(listed) == sorted(
+        str(page.relative_to(DOCS)) for page in [*PAGES, *API] if page.is_relative_to(DOCS)
+    )
+
+
+def test_what_is_public_has_a_page() -> None:
+    described = {name for page in API for name in re.findall(r"^::: (\S+)", page.read_text(), re.M)}
+    public = {
+        f"bnb_compile.{module}.{name}"
+        for module in ("optim", "export", "rules", "formats", "functional", "convert", "hf", "explain")
+        for name, value in vars(importlib.import_module(f"bnb_compile.{module}")).items()
+        if inspect.isclass(value) or inspect.isfunction(value)
+        if name[0] != "_" and value.__module__.startswith(f"bnb_compile.{module}")
+    }
+    assert public - described == set()
 
 
 def test_what_is_explained_on_the_page_is_what_is_printed() -> None:
-    import bnb_compile
-
     (page,) = (page for page in PAGES if page.stem == "own-optimizer")
     (printed,) = re.findall(
         r">>> print\(bnb_compile\.explain\(opt\)\)\n(.*?)^```", page.read_text(), re.M | re.S
     )
-    code = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)[0]
-    scope = {"model": nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64)), "__name__": "own_optimizer_page"}
-    exec(code.replace('"signum"', '"explained"'), scope)
-    assert str(bnb_compile.explain(scope["opt"])).replace("explained", "signum") == printed.rstrip()
+    code = blocks_of(page.read_text())[0].code
+    variables = {**scope("own_optimizer_page"), "__name__": "own_optimizer_page"}
+    exec(code.replace('"signum"', '"explained"'), variables)
+    assert str(bnb_compile.explain(variables["opt"])).replace("explained", "signum") == printed.rstrip()
