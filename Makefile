@@ -6,7 +6,8 @@ RUN := $(VENV)/bin/
 # The kernels of the last time are found by their text.
 KEEP := --keep-kernels=build/kernels
 
-.PHONY: help train distributed finetune export test quick check integrations matrix slow bench offload gpu contract formats clean
+.PHONY: help train distributed finetune export test quick check integrations matrix slow bench offload gpu contract formats \
+	docs clean
 
 help:
 	@echo "make train   train a small GPT with 8-bit AdamW, beside 32-bit AdamW"
@@ -22,6 +23,7 @@ help:
 	@echo "make offload  time a step of the host's, where weights are offloaded, beside DeepSpeed's"
 	@echo "make gpu     all that a GPU must show, in eight minutes"
 	@echo "make formats  how near each format of states is to float32: displacement, training, time (hours; goes on)"
+	@echo "make docs    the documentation as a site, in build/site; every link and name in it exists"
 	@echo "make contract  count compiles, graph breaks and host syncs of 16 training loops, beside theirs"
 
 # Each set of extras is installed once, until pyproject.toml or the constraints change.
@@ -81,6 +83,9 @@ offload: $(VENV)/.installed-offload
 
 gpu: $(VENV)/.installed-test
 	$(RUN)python benchmarks/gpu.py $(ARGS)
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN)python -m mkdocs build --strict
 
 contract: $(VENV)/.installed-peers
 	$(RUN)python benchmarks/contract.py $(ARGS)
