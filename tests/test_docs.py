@@ -40,6 +40,8 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 API = sorted((DOCS / "api").glob("*.md"))
 #: Pages of figures, and of what mkdocstrings makes of docstrings.
 WITHOUT_CODE = {DOCS / "benchmarks.md"}
+#: Pages whose kernels take seconds to compile.
+LONG = {ROOT / "README.md", DOCS / "checkpoints.md", DOCS / "distributed.md"}
 
 
 class Block(NamedTuple):
@@ -97,7 +99,10 @@ def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=page.stem, marks=[pytest.mark.long] if page in LONG else []) for page in PAGES],
+)
 def test_the_code_of_a_page_runs(page: Path, clean: Path) -> None:
     blocks = blocks_of(page.read_text())
     for block in blocks:
