@@ -180,14 +180,16 @@ def of_row(slot: Slot) -> tuple[int, int, int, int]:
     return slot.row, slot.row_blocks, slot.stride, slot.first
 
 
+WITHOUT_VECTORS = (
+    "steps on this CPU are some 20 times slower than elsewhere: Inductor finds no instruction set such as "
+    "AVX2, AVX-512 or NEON (see torch.backends.cpu.get_cpu_capability())"
+)
+
+
 @functools.cache
 def _warn_without_vectors() -> None:
     if not pick_vec_isa():
-        warnings.warn(
-            "steps on this CPU are some 20 times slower than elsewhere: Inductor finds no instruction set "
-            "such as AVX2, AVX-512 or NEON (see torch.backends.cpu.get_cpu_capability())",
-            stacklevel=2,
-        )
+        warnings.warn(WITHOUT_VECTORS, stacklevel=2)
 
 
 def kernel(
