@@ -1,0 +1,1 @@
+"""What an optimizer keeps between steps: buckets, arenas, tables and checkpoints, and where they lie."""
