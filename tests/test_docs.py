@@ -137,7 +137,7 @@ def anchor(heading: str) -> str:
 
 
 def test_links_within_the_pages_lead_somewhere() -> None:
-    for page in [*PAGES, *API]:
+    for page in [*PAGES, *API, *ROOT.glob("*.md")]:
         for target, _, place in re.findall(r"\]\(([^)#:]*)(#([^):]*))?\)", page.read_text()):
             led = page.parent / target if target else page
             assert led.exists(), f"{page.name}: {target}"
