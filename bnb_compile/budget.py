@@ -122,7 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--states", choices=FORMATS, help="a format; by default all, beside torch's AdamW")
     parser.add_argument("--optimizer", default="AdamW", choices=OPTIMIZERS)
     parser.add_argument("--momentum", type=float, help="of SGD, LARS and RMSprop; without, a state fewer")
-    parser.add_argument("--release", action="store_true", help="with release_gradients=True")
+    parser.add_argument(
+        "--release", action="store_true", help="release_gradients=True: a twentieth, or the largest tensor"
+    )
     parser.add_argument("--processes", default="1", metavar="N", help="among which FSDP divides all")
     args = parser.parse_args(arguments)
     hyper = {} if args.momentum is None else {"momentum": args.momentum}
