@@ -1,4 +1,4 @@
-"""Adan, which bitsandbytes does not have: the worked example of "Adding an optimizer" in the README."""
+"""Adan, which bitsandbytes does not have: the worked example of "Adding an optimizer" in CONTRIBUTING.md."""
 
 from __future__ import annotations
 
