@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/
 KEEP := --keep-kernels=build/kernels
 
 .PHONY: help train distributed finetune export test quick check integrations matrix slow bench offload gpu contract formats \
-	docs clean
+	pictures docs clean
 
 help:
 	@echo "make train   train a small GPT with 8-bit AdamW, beside 32-bit AdamW"
@@ -23,6 +23,7 @@ help:
 	@echo "make offload  time a step of the host's, where weights are offloaded, beside DeepSpeed's"
 	@echo "make gpu     all that a GPU must show, in eight minutes"
 	@echo "make formats  how near each format of states is to float32: displacement, training, time (hours; goes on)"
+	@echo "make pictures  draw the documentation's pictures from benchmarks/results"
 	@echo "make docs    the documentation as a site, in build/site; every link and name in it exists"
 	@echo "make contract  count compiles, graph breaks and host syncs of 16 training loops, beside theirs"
 
@@ -83,6 +84,9 @@ offload: $(VENV)/.installed-offload
 
 gpu: $(VENV)/.installed-test
 	$(RUN)python benchmarks/gpu.py $(ARGS)
+
+pictures: $(VENV)/.installed-examples
+	$(RUN)python benchmarks/pictures.py $(ARGS)
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(RUN)python -m mkdocs build --strict

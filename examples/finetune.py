@@ -135,6 +135,7 @@ def compare(args: argparse.Namespace) -> None:
     print(f"\n{numel / 1e6:.0f} million parameters, {args.steps} steps of {BATCH} x {SIZE.context} bytes")
     print(f"\n{text}")
     (args.out / "finetune.md").write_text(text + "\n")
+    (args.out / "finetune.json").write_text(json.dumps(rows) + "\n")
     plot(rows, args.out / "finetune.png")
     print(f"\n{args.out / 'finetune.png'}")
 
