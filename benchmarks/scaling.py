@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py --out benchmarks/results/scaling-DATE.json
 
-Optimizers take turns; times are medians. A first step is that of a process of its own with nothing cached, from
-the construction of the optimizer to the end of the step. torch's step is compiled as a whole there.
+Optimizers take turns; times are medians. A first step is that of a process of its own with nothing cached,
+from the construction of the optimizer to the end of the step. torch's step is compiled as a whole there.
 """
 
 from __future__ import annotations
