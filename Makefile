@@ -6,13 +6,14 @@ RUN := $(VENV)/bin/
 # The kernels of the last time are found by their text.
 KEEP := --keep-kernels=build/kernels
 
-.PHONY: help train distributed finetune export test quick check integrations matrix slow bench offload gpu contract formats \
-	pictures docs clean
+.PHONY: help train distributed finetune export test quick check integrations matrix slow bench offload gpu \
+	contract formats pictures vision docs clean
 
 help:
 	@echo "make train   train a small GPT with 8-bit AdamW, beside 32-bit AdamW"
 	@echo "make distributed  train with FSDP2 on two processes, go on from the checkpoint on one and three"
 	@echo "make finetune  memory of a train step of 303 million parameters, six optimizers side by side"
+	@echo "make vision  train a small convolutional network on pictures of digits, with both"
 	@echo "make export  train from C++, without Python: package, build, train, compare"
 	@echo "make test    linter, type checker and tests"
 	@echo "make quick   the tests of a minute"
@@ -41,6 +42,9 @@ distributed: $(VENV)/.installed-examples
 
 finetune: $(VENV)/.installed-examples $(VENV)/.installed-peers
 	$(RUN)python examples/finetune.py $(ARGS)
+
+vision: $(VENV)/.installed-examples $(VENV)/.installed-peers
+	$(RUN)python examples/vision.py $(ARGS)
 
 export: $(VENV)/.installed-examples
 	$(RUN)python examples/export/run.py $(ARGS)
