@@ -1,4 +1,4 @@
-"""ZeRO with and without offload, with the real DeepSpeed, on one process of a CPU."""
+"""ZeRO with and without offload, with the real DeepSpeed and accelerate, on one process of a CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = """
+BEGIN = """
+import tempfile
+
 import torch
 from torch import nn
 
@@ -18,50 +20,117 @@ import deepspeed
 from bnb_compile import backends
 from bnb_compile.optim import AdamW8bit
 
+torch.set_num_threads(1)  # bitwise equal only where sums have one order
 
-def train(optimizer, stage, offload, **options):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
-    optimizer = optimizer(model.parameters(), lr=1e-2, **options)
-    config = {
+
+def model_of(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+
+
+def config_of(stage, offload):
+    return {
         "train_micro_batch_size_per_gpu": 4,
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": stage} | ({"offload_optimizer": {"device": "cpu"}} if offload else {}),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(30):
-        x = torch.randn(4, 64, generator=generator).bfloat16()
-        loss = (engine(x) - x).float().square().mean()
+
+
+def loss_of(model, step):
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(step)).bfloat16()
+    return (model(x) - x).float().square().mean()
+
+
+def check(optimizer, before):
+    assert backends.counts["kernel"] - before >= 30 and not backends.counts["fallback"]
+    states = [state for state in optimizer.state.values() if state]
+    assert states and all(state["state1"].dtype == torch.uint8 for state in states), states
+"""
+
+INITIALIZE = """
+def made(optimizer, stage, offload, seed=0, **options):
+    model = model_of(seed)
+    optimizer = optimizer(model.parameters(), lr=1e-2, **options)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config_of(stage, offload))
+    return engine, optimizer
+
+
+def train(engine, steps):
+    losses = []
+    for step in steps:
+        loss = loss_of(engine, step)
         engine.backward(loss)
         engine.step()
-    return loss.item(), optimizer
+        losses.append(loss.item())
+    return losses
 
 
 for stage in (1, 2, 3):
     for offload in (False, True):
-        expected, _ = train(torch.optim.AdamW, stage, offload)
+        expected = train(made(torch.optim.AdamW, stage, offload)[0], range(30))[-1]
         before = backends.counts["kernel"]
-        loss, optimizer = train(AdamW8bit, stage, offload, min_8bit_size=1024)
-        assert backends.counts["kernel"] - before >= 30 and not backends.counts["fallback"]
-        states = [state for state in optimizer.state.values() if state]
-        assert states and all(state["state1"].dtype == torch.uint8 for state in states), states
-        assert abs(loss / expected - 1) < 0.01, (stage, offload, loss, expected)
+        engine, optimizer = made(AdamW8bit, stage, offload, min_8bit_size=1024)
+        losses = train(engine, range(20))
+        with tempfile.TemporaryDirectory() as folder:
+            engine.save_checkpoint(folder)
+            losses += train(engine, range(20, 30))
+            check(optimizer, before)
+            assert abs(losses[-1] / expected - 1) < 0.01, (stage, offload, losses, expected)
+            resumed, _ = made(AdamW8bit, stage, offload, seed=1, min_8bit_size=1024)
+            resumed.load_checkpoint(folder)
+        assert train(resumed, range(20, 30)) == losses[20:], (stage, offload)
+print("all trained")
+"""
+
+ACCELERATE = """
+from accelerate import Accelerator, DeepSpeedPlugin
+
+config = config_of(2, offload=True) | {"gradient_accumulation_steps": 1}
+del config["zero_allow_untested_optimizer"]  # accelerate writes it itself
+accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+model = model_of(0)
+ours = AdamW8bit(model.parameters(), lr=1e-2, min_8bit_size=1024)
+model, optimizer = accelerator.prepare(model, ours)
+assert optimizer.optimizer.optimizer is ours  # accelerate's wrapper, ZeRO's, ours
+losses = []
+for step in range(30):
+    loss = loss_of(model, step)
+    accelerator.backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+check(ours, 0)
+assert losses[-1] < losses[0] - 0.1, losses
 print("all trained")
 """
 
 
-@pytest.mark.long
-@pytest.mark.skipif(
-    not importlib.util.find_spec("deepspeed"),
-    reason="deepspeed is not installed: pip install -e .[offload]",
-)
-def test_zero_trains_with_a_class_of_ours(tmp_path: Path) -> None:
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        not importlib.util.find_spec("deepspeed"),
+        reason="deepspeed is not installed: pip install -e .[offload]",
+    ),
+]
+
+
+def run(script: str, folder: Path, **variables: str) -> None:
     alone = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29531")
-    env = {**os.environ, **alone, "DS_ACCELERATOR": "cpu"}
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert "all trained" in run.stdout, run.stderr[-3000:]
+    env = {**os.environ, **alone, "DS_ACCELERATOR": "cpu", **variables}
+    command = [sys.executable, "-W", "ignore", "-c", BEGIN + script]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert "all trained" in done.stdout, done.stderr[-3000:]
+
+
+def test_zero_trains_and_resumes_exactly_with_a_class_of_ours(tmp_path: Path) -> None:
+    run(INITIALIZE, tmp_path)
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("accelerate"),
+    reason="accelerate is not installed: pip install -e .[integrations] -c constraints.txt",
+)
+def test_accelerate_gives_zero_the_class_of_ours(tmp_path: Path) -> None:
+    run(ACCELERATE, tmp_path, ACCELERATE_USE_DEEPSPEED="true")
