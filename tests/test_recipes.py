@@ -15,7 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from helpers import processes
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from bnb_compile import backends, hf, optim
 
@@ -197,7 +200,6 @@ def titan_optimizers(implementation="fused"):
 
 def test_torchtitan_probes_schedules_saves_and_loads(tmp_path):
     titan = package("torchtitan.components.optimizer")
-    dcp = torch.distributed.checkpoint
 
     def made():
         model = perceptron()
@@ -249,6 +251,37 @@ def test_torchtitan_probes_schedules_saves_and_loads(tmp_path):
         part.load_state_dict(loaded[key])
     assert on(*other, range(8, 16)) == history[8:]
     same(state(*other), state(model, optimizers, schedules))
+
+
+def titan_on_fsdp2(folder):
+    def made():
+        model = perceptron()
+        fully_shard(model)
+        return model, titan_optimizers().build(model_parts=[model])
+
+    def state(model, optimizers):
+        return {"model": model.state_dict(), "optimizer": optimizers.state_dict()}
+
+    model, optimizers = made()
+    history = train(model, optimizers, range(8))
+    dcp.save(state(model, optimizers), checkpoint_id=folder)
+    history += train(model, optimizers, range(8, 16))
+    other = made()
+    loaded = state(*other)
+    dcp.load(loaded, checkpoint_id=folder)
+    for part, key in zip(other, loaded):
+        part.load_state_dict(loaded[key])
+    resumed = train(*other, range(8, 16))
+    saved = optimizers.state_dict()["state.0.weight.state1"]
+    return history, resumed, (type(saved).__name__, saved.dtype)
+
+
+def test_torchtitan_saves_and_loads_what_fsdp2_sharded(tmp_path):
+    package("torchtitan.components.optimizer")
+    for history, resumed, kind in processes.run(2, titan_on_fsdp2, tmp_path):
+        falls(history, by=0.3)
+        assert resumed == history[8:]
+        assert kind == ("DTensor", torch.uint8)
 
 
 # -- torchtune --------------------------------------------------------------------------------------
