@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/
 KEEP := --keep-kernels=build/kernels
 
 .PHONY: help train distributed finetune export test quick check integrations matrix slow bench offload gpu \
-	contract formats pictures vision docs clean
+	contract formats pictures vision recipes docs clean
 
 help:
 	@echo "make train   train a small GPT with 8-bit AdamW, beside 32-bit AdamW"
@@ -18,6 +18,7 @@ help:
 	@echo "make test    linter, type checker and tests"
 	@echo "make quick   the tests of a minute"
 	@echo "make integrations  tests with transformers, peft, accelerate and lightning"
+	@echo "make recipes  tests with trl, torchtitan and timm"
 	@echo "make matrix  the core of the tests with torch 2.11 and 2.15"
 	@echo "make slow    the tests that take minutes"
 	@echo "make bench   time the optimizer step beside torch, bitsandbytes and torchao"
@@ -57,6 +58,9 @@ quick: $(VENV)/.installed-test
 
 integrations: $(VENV)/.installed-test $(VENV)/.installed-integrations
 	$(RUN)python -m pytest tests/test_integrations.py
+
+recipes: $(VENV)/.installed-test $(VENV)/.installed-examples $(VENV)/.installed-recipes
+	$(RUN)python -m pytest tests/test_recipes.py
 
 # What the package needs of torch, with the oldest and the newest version, in environments of their own.
 matrix: $(MATRIX:%=matrix-%)
