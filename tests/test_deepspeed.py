@@ -112,6 +112,47 @@ assert losses[-1] < losses[0] - 0.1, losses
 print("all trained")
 """
 
+TRAINER = """
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from bnb_compile.hf import optimizer_cls_and_kwargs
+
+
+def run(resume=None):
+    args = TrainingArguments(
+        "out",
+        deepspeed=config_of(2, offload=True)
+        | {"bf16": {"enabled": False}, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1},
+        optim="adamw_8bit",
+        learning_rate=1e-2,
+        per_device_train_batch_size=8,
+        max_steps=8,
+        save_steps=4,
+        logging_steps=1,
+        use_cpu=True,
+    )
+    torch.manual_seed(1)
+    config = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_attention_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, tie_word_embeddings=False, **config))
+    rows = [{"input_ids": ids, "labels": ids} for ids in (torch.arange(32)[:, None] + torch.arange(16)) % 64]
+    made = optimizer_cls_and_kwargs(args, min_8bit_size=1024)
+    trainer = Trainer(model, args, train_dataset=rows, optimizer_cls_and_kwargs=made)
+    trainer.train(resume_from_checkpoint=resume)
+    ours = trainer.optimizer.optimizer.optimizer  # of accelerate's wrapper and ZeRO's
+    assert type(ours) is AdamW8bit
+    found = {param.numel(): state["state1"].dtype for param, state in ours.state.items()}
+    # One flat tensor of all matrices, embeddings too, and one of the norms.
+    assert found == {49152: torch.uint8, 192: torch.float32}, found
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+losses = run()
+assert backends.counts["kernel"] == 16 and not backends.counts["fallback"]
+assert losses[-1] < losses[0] - 1, losses
+assert run("out/checkpoint-4") == losses
+print("all trained")
+"""
+
 
 pytestmark = [
     pytest.mark.long,
@@ -134,9 +175,17 @@ def test_zero_trains_and_resumes_exactly_with_a_class_of_ours(tmp_path: Path) ->
     run(INITIALIZE, tmp_path)
 
 
-@pytest.mark.skipif(
-    not importlib.util.find_spec("accelerate"),
-    reason="accelerate is not installed: pip install -e .[integrations] -c constraints.txt",
+needs_integrations = pytest.mark.skipif(
+    not (importlib.util.find_spec("accelerate") and importlib.util.find_spec("transformers")),
+    reason="transformers or accelerate is not installed: pip install -e .[integrations] -c constraints.txt",
 )
+
+
+@needs_integrations
 def test_accelerate_gives_zero_the_class_of_ours(tmp_path: Path) -> None:
     run(ACCELERATE, tmp_path, ACCELERATE_USE_DEEPSPEED="true")
+
+
+@needs_integrations
+def test_trainer_with_zero_trains_and_resumes_exactly(tmp_path: Path) -> None:
+    run(TRAINER, tmp_path, ACCELERATE_USE_DEEPSPEED="true")
