@@ -96,7 +96,10 @@ def give_up(device: str, reason: str) -> None:
     _given_up[device] = reason
     if reason:
         counts["fallback"] += 1
-        warnings.warn(f"optimizer steps on {device} run uncompiled: {reason}", stacklevel=2)
+        text = (
+            f"optimizer steps on {device} run uncompiled: {reason} (python -m bnb_compile.doctor says more)"
+        )
+        warnings.warn(text, stacklevel=2)
 
 
 def replaces_tensors() -> bool:

@@ -689,6 +689,32 @@ def test_what_cannot_go_with_means_raises() -> None:
     assert cautious(Clipped.rule).means == Clipped.rule.means
 
 
+def test_what_a_newcomer_found() -> None:
+    def define(**changed: Any) -> Any:
+        given = dict(name="newcomer", hyper=Hyper, states=(), scalars=scalars, direction=plain)
+        return bnb.optimizer(Rule(**{**given, **changed}))
+
+    def alone(param: Tensor, grad: Tensor, m: Tensor, s: Scalars) -> Tensor:
+        return grad
+
+    def short(param: Tensor, grad: Tensor) -> tuple:
+        return (grad,)
+
+    def between(param: Tensor, grad: Tensor, s: Scalars) -> tuple:
+        return (grad.clamp(min=-s.step_size, max=0.5),)
+
+    with pytest.raises(
+        ValueError, match=r"test_own.py:\d+: alone must return \(direction, m\), got 1 results"
+    ):
+        define(direction=alone, states=(State("m"),))
+    with pytest.raises(ValueError, match=r"test_own.py:\d+: short .*takes 2 positional arguments but 3"):
+        define(direction=short)
+    with pytest.raises(ValueError, match="rule 'new comer': must be a name of letters"):
+        define(name="new comer")
+    with pytest.raises(ValueError, match=r"test_own.py:\d+: between .*both limits must be numbers, or both"):
+        define(direction=between)
+
+
 def test_what_a_hostile_user_found() -> None:
     def define(**changed: Any) -> Any:
         given = dict(name="hostile", hyper=Hyper, states=(), scalars=scalars, direction=plain)

@@ -71,6 +71,8 @@ class Optimizer8bit(AbstractOptimizer):
         self.max_grad_norm = options.pop("max_grad_norm", None)
         if self.max_grad_norm is not None:
             self.max_grad_norm = number("max_grad_norm", self.max_grad_norm)
+        elif self.previous_norm:
+            raise ValueError(f"{name}: previous_norm=True, must be False without max_grad_norm")
         self._step_supports_amp_scaling = flag("amp_fused", options.pop("amp_fused", False))
         self.is_paged = flag("is_paged", options.pop("is_paged", self.paged))
         if self.paged and not self.is_paged:

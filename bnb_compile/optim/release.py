@@ -19,8 +19,9 @@ from .changes import Changes
 
 _USED = (
     "release_gradients: this gradient has been used and freed during the backward pass, so nothing can read, "
-    "clip, unscale or accumulate it. Call step() after every backward pass; for a norm use "
-    "percentile_clipping or max_unorm; bfloat16 needs no GradScaler"
+    "clip, unscale or accumulate it. Call step() after every backward pass. To clip by the norm of all "
+    "gradients use max_grad_norm with previous_norm=True, or a backward pass in measuring_norm() first; "
+    "bfloat16 needs no GradScaler"
 )
 
 

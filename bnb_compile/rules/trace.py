@@ -94,6 +94,8 @@ def _rsub(a: torch.Tensor, b: Any, alpha: float = 1) -> torch.Tensor:
 def _clamp(x: torch.Tensor, least: Any = None, most: Any = None) -> torch.Tensor:
     for bound, limit in ((least, torch.maximum), (most, torch.minimum)):
         if bound is not None:
+            if isinstance(bound, torch.SymFloat):
+                raise TypeError("clamp: both limits must be numbers, or both tensors")
             x = limit(x, torch.full_like(x, bound) if isinstance(bound, (int, float)) else bound)
     return x
 
@@ -149,7 +151,8 @@ def trace(
     origin = origin or function
 
     def flat(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found = tuple(function(*args))
+        returned = function(*args)
+        found = (returned,) if isinstance(returned, torch.Tensor) else tuple(returned)
         wrong = [x for x in found if not isinstance(x, torch.Tensor) or x.dim()]
         if wrong or (results is not None and len(found) != len(results)):
             wanted = (
@@ -165,6 +168,8 @@ def trace(
             module = make_fx(flat, _DECOMPOSITIONS, tracing_mode="fake")(*example)
         except Exception as error:
             line = _line_of(error, origin)
+            if line is None and isinstance(error, TypeError) and "argument" in str(error):
+                line = _begin_of(origin)  # it was not begun
             if line is None or isinstance(error, NotImplementedError):
                 raise
             raise ValueError(f"{line}: {_name_of(origin)} {_mistake(error)}") from error
@@ -291,6 +296,8 @@ def trace_rule(rule: Rule) -> TracedRule:
         ValueError: If a name cannot be used, or a scalar that every rule needs is missing.
     """
     hyper, states = len(rule.hyper._fields), len(rule.states)
+    if not _is_name(rule.name):
+        raise ValueError(f"rule {rule.name!r}: must be a name of letters, digits and underscores")
     with TRACING:
         alone = _shared_of(rule)
         shared = rule.with_measured(alone, [torch.ones(())] * len(rule.measured))
@@ -326,12 +333,13 @@ def trace_rule(rule: Rule) -> TracedRule:
             ["param" if rule.has_update else "direction", *of_states],
         )
 
+    own = of_elements(rule.own_function)  # first, so that errors are of what somebody wrote
     return TracedRule(
         trace(
             lambda *a: rule.shared(rule.hyper(*a[:-1]), a[-1]), [torch.float64] * (hyper + 1), rule.scalars
         ),
-        of_elements(rule.update),
-        of_elements(rule.direction),
+        own if rule.has_update else of_elements(rule.update),
+        of_elements(rule.direction) if rule.has_update else own,
         trace(
             lambda *a: [mean(*a[: 2 + states], alone._make(a[2 + states :])) for _, mean in rule.means],
             [torch.float32] * (2 + states + len(alone)),

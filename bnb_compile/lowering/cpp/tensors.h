@@ -22,6 +22,52 @@ inline void write(const V& value, T* to) {
   }
 }
 
+// LANES numbers of 16 bits are half of a vector, and ATen's conversions are of whole ones. To bfloat16 numbers are
+// rounded to nearest, of two equally near to the even one, and NaN stays NaN.
+#if defined(CPU_CAPABILITY_AVX512)
+inline V read(const at::BFloat16* from) {
+  const __m512i half = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(half, 16));
+}
+inline void write(const V& value, at::BFloat16* to) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, even), _mm512_set1_epi32(0x7FFF));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7FC00000));
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+}
+inline V read(const at::Half* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+}
+inline void write(const V& value, at::Half* to) {
+  constexpr int NEAREST_EVEN = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(value, NEAREST_EVEN));
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+inline V read(const at::BFloat16* from) {
+  const __m256i half = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(half, 16));
+}
+inline void write(const V& value, at::BFloat16* to) {
+  const __m256i bits = _mm256_castps_si256(value);
+  const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, even), _mm256_set1_epi32(0x7FFF));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+  const __m256i kept = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC00000), is_nan);
+  const __m256i high = _mm256_srli_epi32(kept, 16);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  _mm_storeu_si128((__m128i*)to, packed);
+}
+inline V read(const at::Half* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+}
+inline void write(const V& value, at::Half* to) {
+  constexpr int NEAREST_EVEN = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph(value, NEAREST_EVEN));
+}
+#endif
+
 // Between numbers and integers: bits, and values towards zero.
 inline I as_integers(const V& x) {
   return at::vec::cast<int32_t>(x);
