@@ -16,7 +16,7 @@ help:
 	@echo "make vision  train a small convolutional network on pictures of digits, with both"
 	@echo "make export  train from C++, without Python: package, build, train, compare"
 	@echo "make test    linter, type checker and tests"
-	@echo "make quick   the tests of a minute"
+	@echo "make quick   a part of the tests, in minutes"
 	@echo "make integrations  tests with transformers, peft, accelerate and lightning"
 	@echo "make recipes  tests with trl, torchtitan and timm"
 	@echo "make matrix  the core of the tests with torch 2.11 and 2.15"

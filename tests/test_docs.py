@@ -173,9 +173,14 @@ def test_links_within_the_pages_lead_somewhere() -> None:
         for target, _, place in re.findall(r"\]\(([^)#:]*)(#([^):]*))?\)", page.read_text()):
             led = page.parent / target if target else page
             assert led.exists(), f"{page.name}: {target}"
-            if place:
+            if place and led.suffix == ".md":
                 headings = re.findall(r"^#+ (.*)", led.read_text(), re.M)
                 assert place in map(anchor, headings), f"{page.name}: {target}#{place}"
+
+
+def test_pictures_of_readme_are_there() -> None:
+    found = re.findall(r'src(?:set)?="([^"]+)"', (ROOT / "README.md").read_text())
+    assert found and all((ROOT / path).exists() for path in found), found
 
 
 def test_every_page_is_in_the_index_of_the_site() -> None:
