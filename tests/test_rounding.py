@@ -12,7 +12,7 @@ from torch import nn
 
 from bnb_compile.ops.step import PARAM_DTYPES
 from bnb_compile.optim import SGD, AdamW, AdEMAMix, Lion
-from bnb_compile.rules import noise_of, random_bits, round_bits
+from bnb_compile.rules import noise_of, random_bits, round_bits, rounding
 
 SPACING = 2.0**-7  # of bfloat16 numbers from 1 to 2
 
@@ -91,6 +91,11 @@ def test_a_number_is_rounded_up_where_the_random_number_and_its_rest_carry():
 def test_noise_is_at_least_1_and_below_2():
     noise = noise_of(torch.tensor([0, -1, 0x7FFFFFFF, -(2**31), 0xFFFF], dtype=torch.int32))
     assert torch.equal(noise - 1, torch.tensor([0.0, 65535 / 65536, 32767 / 65536, 0.5, 0.0]))
+
+
+def test_noise_needs_no_more_than_the_high_bits():
+    numbers = numbered(2**16, 7)
+    assert torch.equal(noise_of(rounding.high_bits(*numbers)), noise_of(random_bits(*numbers)))
 
 
 def chi_square(counts):

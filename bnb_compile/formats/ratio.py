@@ -19,10 +19,11 @@ _TINY = torch.finfo(torch.float32).tiny
 def roots(over: Tensor) -> tuple[Tensor, Tensor]:
     """The root of a state as stored, and what a mean is multiplied by to be divided by it.
 
-    Where squares are 0, because a checkpoint or another format has rounded them to 0, the ratio is 0.
+    Where squares are below all normal numbers, because a checkpoint or another format has rounded them to 0,
+    the ratio is 0.
     """
-    per_root = torch.maximum(over, torch.full_like(over, _TINY)).rsqrt()
-    return over * per_root, torch.where(over > 0, per_root, 0.0)
+    root = over.sqrt()
+    return root, torch.where(over >= _TINY, root.reciprocal(), 0.0)
 
 
 def most(decay: float, decay_over: float) -> float:

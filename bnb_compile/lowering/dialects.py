@@ -63,7 +63,7 @@ _ARITHMETIC = {
     "div": "{} / {}",
     "reciprocal": "1.0 / {}",
 }
-_BITS = {"and": "{} & {}", "xor": "{} ^ {}", "shift": "({} >> {})"}
+_BITS = {"and": "{} & {}", "or": "{} | {}", "xor": "{} ^ {}", "shift": "({} >> {})"}
 #: Of C++'s vectors: tensors.h has masks that are registers of their own where a processor has such.
 _MASKS = {
     **{f"{name}": f"{name}({{}}, {{}})" for name in ("gt", "ge", "lt", "le", "eq")},
@@ -158,7 +158,6 @@ C_FAST = C_VECTOR._replace(
     | {
         "div": "{} * reciprocal({})",
         "reciprocal": "reciprocal({})",
-        "sqrt": "root({})",
         "rsqrt": "rsqrt({})",
         "minimum": "at::vec::clamp_max({}, {})",
         "maximum": "at::vec::clamp_min({}, {})",

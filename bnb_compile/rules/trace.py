@@ -19,7 +19,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .rounding import noise_of, random_bits, round_bits
+from .rounding import high_bits, noise_of, random_bits, round_bits
 from .rule import Rule
 from .trust import trust_ratio
 
@@ -58,12 +58,13 @@ OPERATIONS: dict[Any, str] = {
     aten.eq.Tensor: "eq",
     aten.eq.Scalar: "eq",
     aten.bitwise_and.Scalar: "and",
+    aten.bitwise_or.Scalar: "or",
     aten.bitwise_xor.Tensor: "xor",
     aten.bitwise_right_shift.Tensor_Scalar: "shift",
     aten.view.dtype: "bits",  # between float32 and int32
     aten._to_copy.default: "convert",  # likewise; to int32 towards zero
 }
-OF_INTEGERS = {"and", "xor", "shift", "bits", "convert"}
+OF_INTEGERS = {"and", "or", "xor", "shift", "bits", "convert"}
 #: Made of the others before the graph is looked at.
 _CONSTANTS = (
     aten.ones_like.default,
@@ -388,6 +389,12 @@ def trace_round_bits() -> torch.fx.Graph:
 def trace_random_bits() -> torch.fx.Graph:
     """``(index, step) -> (random,)``, int32."""
     return trace(lambda *a: (random_bits(*a),), [torch.int32] * 2)
+
+
+@functools.cache
+def trace_high_bits() -> torch.fx.Graph:
+    """As `trace_random_bits`."""
+    return trace(lambda *a: (high_bits(*a),), [torch.int32] * 2)
 
 
 @functools.cache

@@ -13,7 +13,14 @@ from ...formats.trace import trace_roots
 from ...ops.operator import Modes, Options, StepOp, kernel_arguments
 from ...ops.step import GRAD_LIMIT
 from ...rules import NEAREST
-from ...rules.trace import trace_noise, trace_random_bits, trace_round_bits, trace_rule, trace_trust_ratio
+from ...rules.trace import (
+    trace_high_bits,
+    trace_noise,
+    trace_random_bits,
+    trace_round_bits,
+    trace_rule,
+    trace_trust_ratio,
+)
 from .._inductor import pick_vec_isa
 from ..dialects import C_DOUBLE, C_FAST, C_VECTOR
 from ..printer import write
@@ -110,6 +117,7 @@ def _print_modes(modes: Modes) -> str:
             *_indented([*lines, f"return {ratio};"]),
             "}",
             *_print_inline("I", "random_bits", "I", ["index", "step"], trace_random_bits()),
+            *_print_inline("I", "high_bits", "I", ["index", "step"], trace_high_bits()),
             *_print_inline("I", "round_bits", "I", ["bits", "random"], trace_round_bits()),
             *_print_inline("V", "noise_of", "I", ["random"], trace_noise()),
         ]

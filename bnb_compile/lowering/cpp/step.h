@@ -11,8 +11,8 @@
 //   measure(param, grad, state, s, numbers)   the numbers that means are taken of
 //   impulse<K>(lost, root, s)         the directions to come that a part of a state has, see rules/rule.py
 // where states are in the order of their formats; GRAD_LIMIT, the Modes of ops/operator.py,
-// trust_ratio(max_unorm, param_norm, update_norm), random_bits(index, step), round_bits(bits, random) and
-// noise_of(random); and what stores the states, see stored.h.
+// trust_ratio(max_unorm, param_norm, update_norm), random_bits(index, step), high_bits(index, step),
+// round_bits(bits, random) and noise_of(random); and what stores the states, see stored.h.
 
 // A parameter of the bucket; Python fills an int64 row of the same fields.
 struct Parameter {
@@ -151,10 +151,11 @@ Measured<Storage::MAXIMA> update_block(
   for (V& all : sums) all = V(0.f);
   // Without what comes for states that are encoded, and not rounded yet.
   alignas(64) float moved[Storage::COMPENSATED ? BLOCK : LANES];
-  const auto random = [&](int i) { return random_bits(numbers_from((int32_t)(index + i)), I((int32_t)step)); };
+  const auto number = [&](int i) { return numbers_from((int32_t)(index + i)); };
+  const I now((int32_t)step);
   const auto rounded = [&](int i, const V& fresh_param) {
     if constexpr (!STOCHASTIC_ROUND) return fresh_param;
-    return as_numbers(round_bits(as_integers(fresh_param), random(i)));
+    return as_numbers(round_bits(as_integers(fresh_param), random_bits(number(i), now)));
   };
   const auto update_at = [&](auto checked, int group, int i) {
     const V old_param = read(param + i);
@@ -219,7 +220,7 @@ Measured<Storage::MAXIMA> update_block(
     for (int k = 0; k < found.SUMS; k++) found.sums[k] = sum(sums[k]);
     (std::get<F>(states).found(found.maxima + Storage::first_maximum(F)), ...);
   } else {
-    const auto noise = [&](int i) { return noise_of(random(i)); };
+    const auto noise = [&](int i) { return noise_of(high_bits(number(i), now)); };
     const auto relate = [&](auto format, int i, const V& kept) {
       ((Storage::over(F) == format ? std::get<F>(states).relate(i, kept) : void()), ...);
     };

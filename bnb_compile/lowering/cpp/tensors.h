@@ -179,9 +179,6 @@ inline V reciprocal(const V& x) {
   return inverse * at::vec::fnmadd(x, inverse, V(2.f));
 #endif
 }
-inline V root(const V& x) {
-  return x * rsqrt(at::vec::clamp_min(x, V(std::numeric_limits<float>::min())));
-}
 
 // LANES integers of 8 bits.
 template <class T>
