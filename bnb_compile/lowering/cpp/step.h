@@ -238,6 +238,13 @@ Measured<Storage::MAXIMA> update_block(
       }
       write(fresh_param, param + i);
     };
+    // One reduction need not wait for what is made of another one.
+    const auto share = [&](auto format) {
+      if constexpr (Storage::over(format) < 0)
+        std::get<format>(states).share(
+            std::get<format>(storage.formats), block, whole.maxima + Storage::first_maximum(format));
+    };
+    (share(std::integral_constant<int, F>()), ...);
     const auto out = [&](auto format) {
       std::get<format>(states).out(
           std::get<format>(storage.formats), offset, block, count,

@@ -160,6 +160,15 @@ struct Stored {
       if constexpr (COMPENSATED) roots.root.store(buffer.root + i);
       measure(i, ratio);
     }
+    // Finds what elements share, when all of the block are known.
+    inline void share(const Stored& rows, int64_t block, const float* whole) {
+      for (int g = 0; g < GROUPS; g++) {
+        V maxima[MAXIMA + 1];
+        for (int k = 0; k < MAXIMA; k++) maxima[k] = V(BLOCK_WISE ? largest(high[g][k]) : whole[k]);
+        F::share(maxima, shared[g]);
+        store_shared(rows, g, block * GROUPS + g, SHARES);
+      }
+    }
     // Encodes a block. noise(i) are LANES random numbers; kept(i, state) is called with what has been kept, and
     // lost(i, state, root) with what has not.
     template <class Noise, class Kept, class Lost>
@@ -167,12 +176,7 @@ struct Stored {
         const Stored& rows, int64_t first, int64_t block, int count, const float* whole, const Noise& noise,
         const Kept& kept, const Lost& lost) {
       if constexpr (!AT_ONCE) {
-        for (int g = 0; g < GROUPS; g++) {
-          V maxima[MAXIMA + 1];
-          for (int k = 0; k < MAXIMA; k++) maxima[k] = V(BLOCK_WISE ? largest(high[g][k]) : whole[k]);
-          F::share(maxima, shared[g]);
-          store_shared(rows, g, block * GROUPS + g, SHARES);
-        }
+        if constexpr (OVER >= 0) share(rows, block, whole);
         if constexpr (VECTORS) {
           for (int g = 0; g < BLOCK; g += GROUP) {
             const V* const now = shared[g / GROUP];
