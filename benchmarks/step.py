@@ -4,13 +4,15 @@
     python benchmarks/step.py         --only ours,fused  --rounds 21  --device cpu|cuda
 
 The optimizers take turns, so that a busy moment of the machine hits all of them; the table has medians, and
-their ratios to ``torch.optim.AdamW(fused=True)``. A second table has the cold and warm first step and what a
-step allocates beyond what it keeps, each in a process of its own.
+their ratios to ``torch.optim.AdamW(fused=True)``. With ``--beside 1`` a process copies memory meanwhile, as
+on a machine where more cores share a channel: ``--threads 1 --beside 1 --no-first-step``. A second table has
+the cold and warm first step and what a step allocates beyond what it keeps, each in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -64,6 +66,12 @@ def bitsandbytes(params, **kwargs):
     return AdamW8bit(params, min_8bit_size=0, **kwargs)
 
 
+def ours_ratio8(params, **kwargs):
+    from bnb_compile.optim import AdamW
+
+    return AdamW(params, states="ratio8", min_8bit_size=0, **kwargs)
+
+
 def torchao(params, **kwargs):
     from torchao.optim import AdamW8bit
 
@@ -74,6 +82,7 @@ OPTIMIZERS: dict[str, Callable] = {
     "fused": fused,
     "ours": ours,
     "ours_32bit": ours_32bit,
+    "ours_ratio8": ours_ratio8,
     "bitsandbytes": bitsandbytes,
     "torchao": torchao,
 }
@@ -90,6 +99,27 @@ def parameters(shapes, device):
     for param in params:
         param.grad = normal(param.shape)
     return params
+
+
+_COPY = """
+import torch
+torch.set_num_threads(1)
+source, target = torch.zeros(2, 1 << 26)
+while True:
+    target.copy_(source)
+"""
+
+
+@contextlib.contextmanager
+def beside(count: int) -> Iterator[None]:
+    """Processes that read and write memory as fast as a core can."""
+    processes = [subprocess.Popen([sys.executable, "-c", _COPY]) for _ in range(count)]
+    try:
+        time.sleep(3 if count else 0)
+        yield
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def milliseconds(step, device) -> float:
@@ -183,6 +213,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--beside", type=int, default=0, help="processes that copy memory meanwhile")
     parser.add_argument("--no-first-step", action="store_true", help="only the first table")
     parser.add_argument("--first-step", nargs=2, metavar=("NAME", "LABEL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -190,10 +221,12 @@ def main() -> None:
     if args.first_step:
         return first_step(*args.first_step, args.device)
     names = args.only.split(",")
-    print(f"torch {torch.__version__}, {args.threads} threads, {args.device}, {args.rounds} rounds")
+    besides = f", beside {args.beside} that copy" if args.beside else ""
+    print(f"torch {torch.__version__}, {args.threads} threads, {args.device}, {args.rounds} rounds{besides}")
     if args.device == "cuda":
         print(f"{torch.cuda.get_device_name()}, bfloat16, a copy moves {copy_bandwidth() / 1e12:.2f} TB/s")
-    table(names, args.rounds, args.device)
+    with beside(args.beside):
+        table(names, args.rounds, args.device)
     if not args.no_first_step:
         first_steps([name for name in names if name in ("fused", "ours")], args.device)
 
