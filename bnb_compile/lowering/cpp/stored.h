@@ -43,10 +43,10 @@ struct Integers {
   static constexpr int PER = EACH;
   static constexpr T zero = 0;
   inline I load(const T* entries, int i) const {
-    return PER == 1 ? read_integers(entries + i) : read_nibbles(entries + i / 2);
+    return PER == 1 ? read_8(entries + i) : read_nibbles(entries + i / 2);
   }
   static inline void store(const I& numbers, T* entries, int i) {
-    PER == 1 ? write_integers(numbers, entries + i) : write_nibbles(numbers, entries + i / 2);
+    PER == 1 ? write_8(numbers, entries + i) : write_nibbles(numbers, entries + i / 2);
   }
   static inline I rounded(const I& numbers) {
     return numbers;
