@@ -1,6 +1,7 @@
 """Count the machine instructions that a parameter costs in each optimizer kernel; needs no GPU.
 
     python benchmarks/instructions.py --sm 90
+    python benchmarks/instructions.py --gfx gfx942      # one of AMD's: ours only
 
 Everything is compiled for an NVIDIA GPU with the ptxas inside the triton wheel and disassembled:
 our step kernels, the kernel that bitsandbytes' wheel contains, and the one that Inductor emits for torchao's
@@ -41,32 +42,27 @@ class Row(NamedTuple):
     stack: int  # bytes
 
 
-def ours(sm: int) -> Iterator[Row]:
+def ours(processor: int | str) -> Iterator[Row]:
     for (rule, format), op in {**STEP_OPS, **OTHER_OPS}.items():
         name = f"bnb_compile {rule}, {format}{' bits' if isinstance(format, int) else ''}"
-        for fast in (True, False) if op.shared_in_blocks else (False,):  # other formats have one variant
-            kind = "" if not op.shared_in_blocks else ", fast" if fast else ", portable"
+        nvidia = isinstance(processor, int)
+        kinds = {"": False}  # formats without shared numbers have one variant
+        if op.shared_in_blocks and nvidia:
+            kinds = {", fast": True, ", portable": False}
+        for kind, fast in kinds.items():
             for dtype in DTYPES:
-                yield _built(name + kind, op, dtype, fast, sm)
+                yield _built(name + kind, op, dtype, processor, fast)
         # What a trust ratio costs besides: the first of two phases.
         for dtype in DTYPES:
-            yield _built(f"{name}, measured for a trust ratio", op, dtype, True, sm, measure=True)
+            yield _built(f"{name}, measured for a trust ratio", op, dtype, processor, nvidia, measure=True)
 
 
-def _built(name: str, op: StepOp, dtype: torch.dtype, fast: bool, sm: int, measure: bool = False) -> Row:
-    """The kernel that updates, or measures, where all accesses are vectors."""
-    from bnb_compile.lowering.triton import source
-
+def _built(
+    name: str, op: StepOp, dtype: torch.dtype, processor: int | str, fast: bool, measure: bool = False
+) -> Row:
     modes = Modes(max_unorm=measure and not op.rule.means, means=bool(op.rule.means))
-    variant = source.Variant(aligned=True, dims=0, long=False, fast=fast)
-    given = op, modes, "kernel", dtype, dtype, variant
-    text = source.measure_kernel(*given, base=0) if measure else source.step_kernel(*given)
-    dtypes = source.argument_dtypes(op, modes)
-    names = source.step_arguments(op, modes, variant, measure)
-    signature = {argument: f"*{source.TYPES[dtypes[argument]]}" for argument in names}
-    built = fake_gpu.assemble(fake_gpu.load(source.IMPORTS + text, "kernel"), signature, source.WARPS, sm)
-    elements = source.blocks_of(op) * 256 / (32 * source.WARPS)
-    return Row(name, DTYPES[dtype], built.instructions / elements, built.registers, built.stack + built.local)
+    built, instructions = fake_gpu.assemble_step(op, dtype, processor, fast, modes, measure)
+    return Row(name, DTYPES[dtype], instructions, built.registers, built.stack + built.local)
 
 
 def bitsandbytes(sm: int) -> Iterator[Row]:
@@ -146,12 +142,16 @@ def torchao(sm: int) -> Iterator[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--sm", type=int, default=90, help="compute capability times 10")
-    sm = parser.parse_args().sm
-    print(f"| kernel on sm_{sm} | parameter | instructions | registers | stack, bytes |")
+    parser.add_argument("--gfx", help="name of a processor of AMD's, in place of it")
+    args = parser.parse_args()
+    counted = (ours,) if args.gfx else (ours, bitsandbytes, torchao)
+    print(
+        f"| kernel on {args.gfx or f'sm_{args.sm}'} | parameter | instructions | registers | stack, bytes |"
+    )
     print("| --- | --- | ---: | ---: | ---: |")
-    for count in (ours, bitsandbytes, torchao):
+    for count in counted:
         try:
-            for row in count(sm):
+            for row in count(args.gfx or args.sm):
                 numbers = f"{row.instructions:.1f} | {row.registers} | {row.stack}"
                 print(f"| {row.kernel} | {row.param} | {numbers} |", flush=True)
         except ImportError as missing:

@@ -25,6 +25,8 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from bnb_compile.ops.operator import Modes, StepOp
+
 # A CPU build of torch has no device guard for CUDA, a CUDA build without a driver one that raises, and even
 # fake operations ask for one.
 _GUARD = r"""
@@ -304,7 +306,7 @@ class Assembly(NamedTuple):
     registers: int
     stack: int  # bytes, of spills too
     local: int
-    accesses: set[str]  # ld.global... and st.global... of the PTX
+    accesses: set[str]  # ld.global... and st.global... of the PTX, or what AMD's assembler has of them
 
 
 def nvidia_tool(name: str, *arguments: str, **options: Any) -> str:
@@ -320,6 +322,41 @@ def count_instructions(listing: str) -> int:
     return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", listing, re.M))
 
 
+def assemble_step(
+    op: StepOp,
+    dtype: torch.dtype,
+    processor: int | str,
+    fast: bool = True,
+    modes: Modes | None = None,
+    measure: bool = False,
+) -> tuple[Assembly, float]:
+    """The kernel of a step where all accesses are vectors, and its instructions for each parameter.
+
+    Args:
+        op: The operator.
+        dtype: Of parameters and gradients.
+        processor: A compute capability times 10, or the name of one of AMD's.
+        fast: Whether it has NVIDIA's own instructions.
+        modes: What it is compiled for.
+        measure: Whether it is the kernel that measures.
+    """
+    from bnb_compile.lowering.triton import source
+
+    modes = modes or Modes(means=bool(op.rule.means))
+    variant = source.Variant(aligned=True, dims=0, long=False, fast=fast)
+    given = op, modes, "kernel", dtype, dtype, variant
+    text = source.measure_kernel(*given, base=0) if measure else source.step_kernel(*given)
+    dtypes = source.argument_dtypes(op, modes)
+    names = source.step_arguments(op, modes, variant, measure)
+    signature = {name: f"*{source.TYPES[dtypes[name]]}" for name in names}
+    to_assemble = load(source.IMPORTS + text, "kernel"), signature, source.WARPS
+    if isinstance(processor, str):
+        assembly, lanes = assemble_amd(*to_assemble, processor), 64
+    else:
+        assembly, lanes = assemble(*to_assemble, processor), 32
+    return assembly, assembly.instructions * lanes * source.WARPS / (source.blocks_of(op) * 256)
+
+
 def assemble(kernel: Any, signature: dict[str, str], num_warps: int, sm: int, **constants: int) -> Assembly:
     """Compile a kernel for an NVIDIA GPU, here without one.
 
@@ -330,21 +367,10 @@ def assemble(kernel: Any, signature: dict[str, str], num_warps: int, sm: int, **
         sm: Compute capability times 10, such as 90.
         constants: Values of the arguments whose type is "constexpr".
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = list(signature)
-    aligned = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if name not in constants}
-    compiled = triton.compile(
-        ASTSource(
-            kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned
-        ),
-        target=GPUTarget("cuda", sm, 32),
-        options={"num_warps": num_warps, "enable_fp_fusion": True},
-    )
+    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    compiled = _compile(kernel, signature, ("cuda", sm, 32), options, constants)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(compiled["cubin"])
         file.flush()
         usage = dict(re.findall(r"(\w+):(\d+)", nvidia_tool("cuobjdump", "-res-usage", file.name)))
         listing = nvidia_tool("nvdisasm", "-c", file.name)
@@ -353,8 +379,47 @@ def assemble(kernel: Any, signature: dict[str, str], num_warps: int, sm: int, **
         registers=int(usage["REG"]),
         stack=int(usage["STACK"]),
         local=int(usage["LOCAL"]),
-        accesses=set(re.findall(r"(?:ld|st)\.global[.\w:]*", compiled.asm["ptx"])),
+        accesses=set(re.findall(r"(?:ld|st)\.global[.\w:]*", compiled["ptx"])),
     )
+
+
+def assemble_amd(kernel: Any, signature: dict[str, str], num_warps: int, gfx: str) -> Assembly:
+    """Compile a kernel for an AMD GPU, such as the gfx942.
+
+    Args:
+        kernel: As of `assemble`.
+        signature: As of `assemble`.
+        num_warps: Wavefronts of a program, of 64 threads.
+        gfx: Name of the processor.
+    """
+    listing = _compile(kernel, signature, ("hip", gfx, 64), {"num_warps": num_warps}, {})["amdgcn"]
+    usage = dict(re.findall(r"; (NumVgprs|ScratchSize): (\d+)", listing))
+    return Assembly(
+        instructions=len(re.findall(r"^\s+(?:s|v|ds|global|buffer|flat)_\w+", listing, re.M)),
+        registers=int(usage["NumVgprs"]),
+        stack=int(usage["ScratchSize"]),
+        local=0,
+        accesses=set(re.findall(r"(?:global|buffer)_(?:load|store)_\w+", listing)),
+    )
+
+
+def _compile(
+    kernel: Any,
+    signature: dict[str, str],
+    target: tuple[str, int | str, int],
+    options: dict[str, Any],
+    constants: dict[str, int],
+) -> Any:
+    """What the compiler makes on the way, by name."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(signature)
+    aligned = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if name not in constants}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, values, aligned)
+    return triton.compile(source, target=GPUTarget(*target), options=options).asm
 
 
 if __name__ == "__main__":
