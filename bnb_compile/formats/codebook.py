@@ -145,16 +145,14 @@ def stochastic(a: Tensor, noise: Tensor) -> Tensor:
         noise: Uniform in [1, 2).
     """
     zero, lowest, *higher, one = SEGMENTS[False]
-    first, end = torch.ones_like(a), torch.full_like(a, float(lowest.last))
-    slope, start = torch.full_like(a, lowest.slope), torch.full_like(a, lowest.start)
-    below = lowest
+    slope, end = torch.full_like(a, lowest.slope), torch.full_like(a, float(lowest.last))
     for segment in higher:
         inside = a > segment.above
         slope = torch.where(inside, segment.slope, slope)
-        start = torch.where(inside, segment.start, start)
-        first = torch.where(inside, float(below.last + 1), first)
         end = torch.where(inside, float(segment.last), end)
-        below = segment
+    # A decade has twice the codes of the one before it: its last one is twice its first one.
+    first, start = end * 0.5, end * (4 / 9) - 1 / 9
+    last = float(segment.last)
     # In cells of a's decade. From its first code down to the code before it are 0.6 cells, a fifth of a cell
     # being one there; from its last code up to the next one are 3, or up to 1.0 half a one.
     place = a * slope + start - 0.5
@@ -163,10 +161,10 @@ def stochastic(a: Tensor, noise: Tensor) -> Tensor:
         torch.maximum(place - end, torch.zeros_like(a)),
     )
     before = torch.where(first > 1, before * (2 / 3), -before)
-    after = torch.where(end < below.last, after * (-2 / 3), after)
+    after = torch.where(end < last, after * (-2 / 3), after)
     code = torch.floor(place + before + after + (noise - 1.0))
     place = torch.where(code < first, first - 0.1, code + 0.5)
-    place = torch.where(code > end, torch.where(end < below.last, end + 3.5, end + 1.0), place)
+    place = torch.where(code > end, torch.where(end < last, end + 3.5, end + 1.0), place)
     return torch.where(a > 0, (place - start) / slope, 0.0)
 
 

@@ -12,6 +12,48 @@ inline void write(const V& value, at::BFloat16* to) {
   write_16(logical_shift(rounded, I(16)), to);
 }
 
+// Numbers of 8 bits, by those of their mantissa: 3 of e4m3fn, 2 of e5m2. They are rounded to nearest, of two equally
+// near to the even one. What is written is at most the largest that there is, or NaN.
+template <int MANTISSA>
+struct Float8 {
+  static constexpr int SHIFT = 23 - MANTISSA;
+  static constexpr int REBIAS = 127 - (1 << (6 - MANTISSA)) + 1;
+  static constexpr int INFINITE = MANTISSA == 2 ? 0x7C : 0x7F;  // or NaN, what is above is
+  static constexpr float LEAST_NORMAL = MANTISSA == 2 ? 0x1p-14f : 0x1p-6f;
+
+  static inline V read(const void* from) {
+    const I code = read_8((const uint8_t*)from), magnitude = code & I(0x7F), bits = magnitude << I(SHIFT);
+    const V normal = as_numbers(bits + I(REBIAS << 23));
+    const V below = as_numbers(bits + I(REBIAS + 1 << 23)) - V(LEAST_NORMAL);
+    const V above = as_numbers(bits | I(MANTISSA == 2 ? 0x7F800000 : 0x7FC00000));
+    const V finite = where(lt(bits, I(1 << 23)), below, normal);
+    return where(ge(magnitude, I(INFINITE)), above, finite) | as_numbers((code ^ magnitude) << I(24));
+  }
+  static inline void write(const V& value, void* to) {
+    const V a = value.abs();
+    const I bits = as_integers(a), even = logical_shift(bits, I(SHIFT)) & I(1);
+    const I normal = logical_shift(bits + even + I((1 << SHIFT - 1) - 1), I(SHIFT)) - I(REBIAS << MANTISSA);
+    // Added to so much, a number is rounded to units of the last place.
+    const V large(LEAST_NORMAL * (1 << SHIFT));
+    const I below = as_integers(a + large) - as_integers(large);
+    const I finite = where(lt(a, V(LEAST_NORMAL)), below, normal);
+    const I code = where(eq(a, a), finite, I(0x7F));
+    write_8(code | logical_shift(as_integers(value), I(31)) << I(7), to);
+  }
+};
+inline V read(const at::Float8_e4m3fn* from) {
+  return Float8<3>::read(from);
+}
+inline V read(const at::Float8_e5m2* from) {
+  return Float8<2>::read(from);
+}
+inline void write(const V& value, at::Float8_e4m3fn* to) {
+  Float8<3>::write(value, to);
+}
+inline void write(const V& value, at::Float8_e5m2* to) {
+  Float8<2>::write(value, to);
+}
+
 // Integers of 4 bits, with a sign or without.
 template <class T>
 inline I read_nibbles(const T* from) {
