@@ -15,6 +15,7 @@ minutes. torchao's optimizers take part where it is installed.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -349,24 +350,27 @@ def report(path: Path) -> Iterator[str]:
                 cells = " | ".join(f"{result['cases'][case.name][key]:.3g}" for case in CASES)
                 yield f"| {name} | {cells} |"
     trained = [r for r in results if r["part"] == "train"]
+    timed = [r for r in results if r["part"] == "time"]
+    ms = timed[-1]["ms"] if timed else {}
     for task in dict.fromkeys(r["task"] for r in trained):
         of_task = [r for r in trained if r["task"] == task]
         base = {r["seed"]: r["loss"] for r in of_task if r["format"] == "float32"}
         some = of_task[0]
         yield f"\n{task}: {some['parameters']:,} parameters, {some['steps']} steps\n"
-        yield "| format | seeds | loss | difference from float32 | standard error |"
-        yield "|---|--:|--:|--:|--:|"
+        yield "| format | seeds | loss | difference from float32 | standard error | a step, see below, ms |"
+        yield "|---|--:|--:|--:|--:|--:|"
         for name in dict.fromkeys(r["format"] for r in of_task):
             own = {r["seed"]: r["loss"] for r in of_task if r["format"] == name}
             paired = torch.tensor([own[s] - base[s] for s in own if s in base], dtype=torch.float64)
             loss = sum(own.values()) / len(own)
             difference = f"{paired.mean().item():+.4f}" if len(paired) else ""
             spread = f"{paired.std().item() / math.sqrt(len(paired)):.4f}" if len(paired) > 1 else ""
-            yield f"| {name} | {len(own)} | {loss:.4f} | {difference} | {spread} |"
-    for result in results:
-        if result["part"] == "time":
-            yield f"\nA step of {result['elements']:,} elements, {result['threads']} threads, milliseconds\n"
-            yield from (f"- {name}: {ms:.2f}" for name, ms in result["ms"].items())
+            step = f"{ms[name]:.1f}" if name in ms else ""
+            yield f"| {name} | {len(own)} | {loss:.4f} | {difference} | {spread} | {step} |"
+    for result in timed:
+        threads = result["threads"]
+        yield f"\nA step of {result['elements']:,} elements, threads: {threads}; milliseconds\n"
+        yield from (f"- {name}: {taken:.2f}" for name, taken in result["ms"].items())
 
 
 def plot(path: Path) -> None:
@@ -440,7 +444,8 @@ def main() -> None:
     if "time" in args.what:
         numel, threads = 2**18 if args.quick else 2**24, torch.get_num_threads()
         what = dict(part="time", elements=numel, threads=threads)
-        attempt(what, lambda: {"ms": step_times([f for f in args.formats if f in OURS], numel)})
+        peers = importlib.util.find_spec("torchao") is not None
+        attempt(what, lambda: {"ms": step_times([f for f in args.formats if f in OURS or peers], numel)})
     if "train" in args.what:
         for seed in range(seeds):
             for task in args.tasks:

@@ -24,7 +24,7 @@ struct Float8 {
   static inline V read(const void* from) {
     const I code = read_8((const uint8_t*)from), magnitude = code & I(0x7F), bits = magnitude << I(SHIFT);
     const V normal = as_numbers(bits + I(REBIAS << 23));
-    const V below = as_numbers(bits + I(REBIAS + 1 << 23)) - V(LEAST_NORMAL);
+    const V below = as_numbers(bits + I((REBIAS + 1) << 23)) - V(LEAST_NORMAL);
     const V above = as_numbers(bits | I(MANTISSA == 2 ? 0x7F800000 : 0x7FC00000));
     const V finite = where(lt(bits, I(1 << 23)), below, normal);
     return where(ge(magnitude, I(INFINITE)), above, finite) | as_numbers((code ^ magnitude) << I(24));
@@ -32,7 +32,7 @@ struct Float8 {
   static inline void write(const V& value, void* to) {
     const V a = value.abs();
     const I bits = as_integers(a), even = logical_shift(bits, I(SHIFT)) & I(1);
-    const I normal = logical_shift(bits + even + I((1 << SHIFT - 1) - 1), I(SHIFT)) - I(REBIAS << MANTISSA);
+    const I normal = logical_shift(bits + even + I((1 << (SHIFT - 1)) - 1), I(SHIFT)) - I(REBIAS << MANTISSA);
     // Added to so much, a number is rounded to units of the last place.
     const V large(LEAST_NORMAL * (1 << SHIFT));
     const I below = as_integers(a + large) - as_integers(large);
