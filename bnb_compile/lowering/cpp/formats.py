@@ -164,7 +164,7 @@ def state_order(op: StepOp) -> list[int]:
 @functools.cache
 def header(name: str) -> str:
     """Text of a header beside this file."""
-    return (Path(__file__).parent / name).read_text()
+    return Path(__file__).with_name(name).read_text()
 
 
 def _length(per: int) -> str:

@@ -24,7 +24,7 @@ from ...rules.trace import (
 from .._inductor import pick_vec_isa
 from ..dialects import C_DOUBLE, C_FAST, C_VECTOR
 from ..printer import write
-from . import formats
+from . import formats, vectors
 from .formats import TYPES, header
 
 
@@ -160,34 +160,8 @@ def _body(op: StepOp, modes: Modes) -> str:
     )
 
 
-#: Where a file of vectors/ holds.
-_VECTORS = {
-    "avx512": "defined(CPU_CAPABILITY_AVX512)",
-    "avx2": "defined(CPU_CAPABILITY_AVX2)",
-    "sve": "defined(CPU_CAPABILITY_SVE256)",
-    "neon": "defined(__aarch64__)",
-}
-
-
 def _tensors() -> str:
-    chosen = [
-        f"#{'elif' if k else 'if'} {condition}\n{header(f'vectors/{name}.h')}"
-        for k, (name, condition) in enumerate(_VECTORS.items())
-    ]
-    return "\n".join(
-        [
-            f"constexpr int BLOCK = {BLOCK};",
-            header("vectors/any.h"),
-            f"#if !{_VECTORS['avx512']} && !{_VECTORS['sve']}",
-            header("vectors/masks.h"),
-            "#endif",
-            *chosen,
-            "#else",
-            header("vectors/portable.h"),
-            "#endif",
-            header("tensors.h"),
-        ]
-    )
+    return f"constexpr int BLOCK = {BLOCK};\n{vectors.text()}\n{header('tensors.h')}"
 
 
 def state_arguments(op: StepOp, modes: Modes, measure: bool = False) -> dict[str, str]:
