@@ -64,7 +64,7 @@ _ARITHMETIC = {
     "reciprocal": "1.0 / {}",
 }
 _BITS = {"and": "{} & {}", "or": "{} | {}", "xor": "{} ^ {}", "shift": "({} >> {})"}
-#: Of C++'s vectors: tensors.h has masks that are registers of their own where a processor has such.
+#: Of C++'s vectors: cpp/vectors has masks that are registers of their own where a processor has such.
 _MASKS = {
     **{f"{name}": f"{name}({{}}, {{}})" for name in ("gt", "ge", "lt", "le", "eq")},
     "where": "where({}, {}, {})",
@@ -125,7 +125,7 @@ TRITON_INTEGERS = Dialect(
     },
 )
 
-#: ``V``, a vector of floats of ATen's (ATen/cpu/vec); tensors.h has what that lacks.
+#: ``V``, a vector of floats of ATen's (ATen/cpu/vec); cpp/vectors has what that lacks.
 C_VECTOR = Dialect(
     "const auto {name} = {value};",
     _c_float,
