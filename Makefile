@@ -85,7 +85,7 @@ bench: $(VENV)/.installed-peers
 	$(RUN)python benchmarks/step.py $(ARGS)
 
 formats: $(VENV)/.installed-peers $(VENV)/.installed-examples
-	$(RUN)python benchmarks/formats.py $(ARGS)
+	TRITON_INTERPRET=1 $(RUN)python benchmarks/formats.py $(ARGS)
 
 offload: $(VENV)/.installed-offload
 	DS_ACCELERATOR=cpu PATH=$(abspath $(VENV)/bin):$$PATH $(RUN)python benchmarks/offload.py $(ARGS)

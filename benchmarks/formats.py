@@ -9,7 +9,8 @@ are from where they would be, relative to how far they have gone; the largest st
 rates; and the sum of the second moments over what it should be. `train` trains small models with the same
 weights and batches for every format, and `report` gives the difference of the validation loss from float32's,
 paired by seed, with its standard error. Each finished part is a line of --out. `--quick` is a form of
-minutes. torchao's optimizers take part where it is installed.
+minutes. torchao's optimizers take part where it is installed, and FlashOptim's (on the CPU, too) with
+TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from bnb_compile.optim import AdamW
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 OURS = ("float32", "dynamic8", "dynamic8sr", "float8", "ratio8", "ratio4_8", "ratio4")
-PEERS = ("torchao 8", "torchao fp8", "torchao 4")
+PEERS = ("torchao 8", "torchao fp8", "torchao 4", "FlashOptim")
 BLOCK = 256
 
 
@@ -42,9 +43,13 @@ def optimizer(name: str, groups: Any, **options: Any) -> torch.optim.Optimizer:
     """AdamW with its states in a format, or a peer's."""
     if name in OURS:
         return AdamW(groups, states=name, min_8bit_size=1024, **options)
+    if name == "FlashOptim":
+        from interpreted_flashoptim import FlashAdamW
+
+        options.pop("bf16_stochastic_round", None)  # it keeps 24 bits of such weights instead
+        return FlashAdamW(groups, **options)
     import torchao.optim
 
-    options.pop("bf16_stochastic_round", None)
     kind = {"8": "AdamW8bit", "fp8": "AdamWFp8", "4": "AdamW4bit"}[name.removeprefix("torchao ")]
     return getattr(torchao.optim, kind)(groups, **options)
 
@@ -148,6 +153,8 @@ def _second_moments(opt: torch.optim.Optimizer, params: list[nn.Parameter]) -> l
     if isinstance(opt, AdamW):
         states = convert.to_torch(opt)["state"]
         return [states[k]["exp_avg_sq"] for k in range(len(params))]
+    if hasattr(opt, "second_moment"):  # FlashOptim's
+        return [opt.second_moment(param) for param in params]
     squares = (opt.state[param]["exp_avg_sq"] for param in params)
     return [x.dequantize() if hasattr(x, "dequantize") else x for x in squares]
 
@@ -241,9 +248,7 @@ def _word_data(quick: bool) -> tuple[Callable[[torch.Generator], tuple], tuple]:
             for k in range(5 - length, 5):
                 key = (key * 1_000_003 + grams[k] + 1) % 2_147_483_647
             keys.append(key % 16_384 + 16_384 * (length - 1))
-        return torch.stack(keys, 1)[:-1], bytes_[5:-1] if len(bytes_[5:-1]) == len(grams[0]) - 1 else bytes_[
-            5:
-        ]
+        return torch.stack(keys, 1)[:-1], bytes_[5:-1]
 
     training, validation = (hashed(text[:2_000_000]) for text in read_text(None, 10_000))
 
@@ -445,7 +450,8 @@ def main() -> None:
         numel, threads = 2**18 if args.quick else 2**24, torch.get_num_threads()
         what = dict(part="time", elements=numel, threads=threads)
         peers = importlib.util.find_spec("torchao") is not None
-        attempt(what, lambda: {"ms": step_times([f for f in args.formats if f in OURS or peers], numel)})
+        timed = [f for f in args.formats if f in OURS or (peers and f != "FlashOptim")]  # not an interpreter
+        attempt(what, lambda: {"ms": step_times(timed, numel)})
     if "train" in args.what:
         for seed in range(seeds):
             for task in args.tasks:
